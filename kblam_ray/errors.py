@@ -1,0 +1,107 @@
+"""The errors that kblam-ray raises on purpose: each says what happened, where, and what to do.
+
+A job turns an error into its exit code and its one-line summary, a server into its HTTP body, so
+each class carries a short stable `code` for programs and an `exit_code`: 2 where the caller can mend
+the input or the settings, 1 where the machinery failed (a store that is down, a worker that died).
+"""
+
+from __future__ import annotations
+
+
+class KblamError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        what: what happened, a sentence without a full stop.
+        where: the file, row, fact, table or setting concerned.
+        help: what the reader can do about it.
+    """
+
+    code = "error"
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, help: str) -> None:
+        self.what, self.where, self.help = what, where, help
+        place = f" ({where})" if where else ""
+        super().__init__(f"{what}{place}. Help: {help}")
+
+    def __reduce__(self):
+        # Exceptions cross process borders in Ray; keyword-only arguments need this to unpickle.
+        return (_rebuild, (type(self), self.what, self.where, self.help))
+
+
+def _rebuild(cls: type[KblamError], what: str, where: str | None, help: str) -> KblamError:
+    return cls(what, where=where, help=help)
+
+
+class InputError(KblamError):
+    """The caller's input or settings are wrong."""
+
+    code = "bad_input"
+    exit_code = 2
+
+
+class BadRowError(InputError):
+    """A row of an input file is not a fact; `where` names file and row."""
+
+    code = "bad_row"
+
+
+class FactIdCollisionError(InputError):
+    """Two different identities share one `fact_id`."""
+
+    code = "fact_id_collision"
+
+
+class MissingDependencyError(InputError):
+    """An optional package is needed and not installed."""
+
+    code = "missing_dependency"
+
+
+class EncoderError(KblamError):
+    """A sentence encoder could not be loaded or did not answer."""
+
+    code = "encoder_failed"
+
+
+class EncoderNotFoundError(InputError):
+    """No encoder by that name can be had here."""
+
+    code = "encoder_not_found"
+
+
+class EncoderAuthenticationError(InputError):
+    """A remote encoder refused the credentials."""
+
+    code = "encoder_unauthorized"
+
+
+class EncoderQuotaError(EncoderError):
+    """The account of a remote encoder has no quota left."""
+
+    code = "encoder_quota_exhausted"
+
+
+class EncoderMismatchError(InputError):
+    """A table or an adapter was made with another encoder."""
+
+    code = "encoder_mismatch"
+
+
+class TableError(InputError):
+    """The table is not one of ours, or lacks what was asked of it."""
+
+    code = "bad_table"
+
+
+class TableNotFoundError(TableError):
+    """There is no table at the URI, or it lacks the version."""
+
+    code = "table_not_found"
+
+
+class StorageError(KblamError):
+    """A local disk or an object store cannot be read or written."""
+
+    code = "storage_failed"

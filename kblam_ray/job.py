@@ -1,0 +1,125 @@
+"""How every job runs: one pydantic model is its flags and its YAML, one JSON line is its result.
+
+A job module declares a subclass of `JobConfig` and a function that takes it and returns the summary, and
+ends with `main(name, Config, function)`. Flags are the fields in kebab-case, `--config FILE.yaml` gives
+the same fields, and flags win. The last line on stdout is a JSON object: `job`, `ok`, `seconds` and what
+the job did, or `error: {code, message}`; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from kblam_ray.errors import InputError, KblamError
+
+
+class JobConfig(BaseModel):
+    """Base of every job's settings: a name that is not a setting is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, where="command line", help=f"see `{self.prog} --help`")
+
+
+def main(name: str, config_type: type[JobConfig], run: Callable[[Any], dict[str, Any]]) -> NoReturn:
+    """Parse, run, print the summary line and exit: 0 done, 2 wrong input, 1 anything else."""
+    started = time.monotonic()
+    # A scheduler asks a job to stop with SIGTERM: leave through `finally` blocks as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    summary: dict[str, Any] = {}
+    try:
+        summary = run(parse(name, config_type, sys.argv[1:]))
+        exit_code, outcome = 0, {"ok": True}
+    except KblamError as error:
+        exit_code = error.exit_code
+        outcome = {"ok": False, "error": {"code": error.code, "message": str(error)}}
+    except KeyboardInterrupt:
+        exit_code, outcome = 130, {"ok": False, "error": {"code": "interrupted", "message": "interrupted"}}
+    except Exception as error:
+        traceback.print_exc()
+        exit_code = 1
+        outcome = {"ok": False, "error": {"code": "internal", "message": f"{type(error).__name__}: {error}"}}
+    if not outcome["ok"]:
+        print(f"{name}: {outcome['error']['message']}", file=sys.stderr)
+    _shut_ray_down()
+    seconds = round(time.monotonic() - started, 3)
+    sys.stderr.flush()
+    print(json.dumps({"job": name, **outcome, "seconds": seconds, **summary}, ensure_ascii=False), flush=True)
+    sys.exit(exit_code)
+
+
+def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobConfig:
+    """The settings from flags and `--config`; flags win.
+
+    Raises:
+        InputError: an unknown flag, a wrong value, a missing one, or an unreadable YAML file.
+    """
+    parser = _Parser(prog=f"jobs/{name}.py", description=sys.modules[config_type.__module__].__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
+    for field, info in config_type.model_fields.items():
+        _add_flag(parser, field, info)
+    flags = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    path = flags.pop("config", None)
+    settings = {**(_read_yaml(path) if path else {}), **flags}
+    try:
+        return config_type.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the settings"
+        raise InputError(f"{flag}: {first['msg']}", where=path or "command line",
+                         help=f"see `jobs/{name}.py --help`") from None
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:
+    flag = "--" + field.replace("_", "-")
+    kind = info.annotation
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    note = info.description or ""
+    if info.default not in (None, ...) and not info.is_required():
+        note += f" (default: {info.default})"
+    note = note.replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(flag, dest=field, action=argparse.BooleanOptionalAction, default=None, help=note)
+    elif typing.get_origin(kind) is list:
+        parser.add_argument(flag, dest=field, action="append", metavar=field.upper(), help=f"{note} (repeatable)")
+    else:
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        metavar = "|".join(map(str, choices)) if choices else field.upper()
+        parser.add_argument(flag, dest=field, metavar=metavar, help=note)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the configuration: {error}", where=path, help="give a YAML file") from None
+    if not isinstance(settings, dict):
+        raise InputError("the configuration is not a mapping", where=path, help="write `name: value` lines")
+    return {str(key).replace("-", "_"): value for key, value in settings.items()}
+
+
+def _shut_ray_down() -> None:
+    """Disconnect from Ray if the job used it, so that no worker's log follows the summary line."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

@@ -1,0 +1,143 @@
+"""Local paths and `s3://` URIs behind one pyarrow filesystem, with boto3's way of finding credentials.
+
+boto3 looks in the environment, the shared profiles and the instance or container role, and takes the
+endpoint from `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_S3` or the profile, so an S3-compatible store needs
+no setting of ours. What it finds is handed to pyarrow (data files) and to deltalake (the log). Every
+process resolves for itself and at every call, so short-lived credentials never travel or go stale.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pyarrow.fs as pafs
+
+from kblam_ray.errors import InputError, StorageError
+
+CONNECT_TIMEOUT_S = 5
+REQUEST_TIMEOUT_S = 60
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def normalize(uri: str | os.PathLike[str]) -> str:
+    """`uri` as an absolute local path or an `s3://bucket/key` URI without a trailing slash.
+
+    Raises:
+        InputError: another scheme than `s3` or `file`.
+    """
+    text = os.fspath(uri)
+    if not text.strip():
+        raise InputError("an empty path", help="give a local path or s3://bucket/prefix")
+    if is_s3(text):
+        if not urlparse(text).netloc:
+            raise InputError("an S3 URI without a bucket", where=text, help="write s3://bucket/prefix")
+        return text.rstrip("/")
+    if text.startswith("file://"):
+        text = urlparse(text).path
+    elif "://" in text:
+        raise InputError(
+            "an unsupported storage scheme", where=text, help="use a local path or s3:// (any S3-compatible store)"
+        )
+    return str(Path(text).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """What boto3 resolved: credentials (None: anonymous), region and endpoint."""
+
+    access_key: str | None
+    secret_key: str | None
+    session_token: str | None
+    region: str
+    endpoint: str | None
+
+
+def resolve_s3() -> S3Settings:
+    """Ask boto3 for credentials, region and endpoint, as the AWS command line would find them."""
+    import boto3
+
+    session = boto3.Session()
+    found = session.get_credentials()
+    frozen = found.get_frozen_credentials() if found else None
+    region = session.region_name or "us-east-1"
+    endpoint = session.client("s3", region_name=region).meta.endpoint_url
+    return S3Settings(
+        access_key=frozen.access_key if frozen else None,
+        secret_key=frozen.secret_key if frozen else None,
+        session_token=frozen.token if frozen else None,
+        region=region,
+        endpoint=None if endpoint.endswith(("amazonaws.com", "amazonaws.com.cn")) else endpoint,
+    )
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """A pyarrow filesystem for `uri`, and the path of `uri` inside it."""
+    uri = normalize(uri)
+    if not is_s3(uri):
+        return pafs.LocalFileSystem(), uri
+    settings = resolve_s3()
+    options = {
+        "region": settings.region,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "request_timeout": REQUEST_TIMEOUT_S,
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=4),
+    }
+    if settings.access_key:
+        options["access_key"] = settings.access_key
+        options["secret_key"] = settings.secret_key
+        if settings.session_token:
+            options["session_token"] = settings.session_token
+    else:
+        options["anonymous"] = True
+    if settings.endpoint:
+        url = urlparse(settings.endpoint)
+        options["endpoint_override"] = url.netloc
+        options["scheme"] = url.scheme
+    return pafs.S3FileSystem(**options), uri.removeprefix("s3://")
+
+
+def delta_storage_options(uri: str) -> dict[str, str] | None:
+    """deltalake's `storage_options` for `uri`; None for a local path."""
+    if not is_s3(uri):
+        return None
+    settings = resolve_s3()
+    options = {"aws_region": settings.region, "timeout": f"{REQUEST_TIMEOUT_S}s", "connect_timeout": f"{CONNECT_TIMEOUT_S}s"}
+    if settings.access_key and settings.secret_key:
+        options["aws_access_key_id"] = settings.access_key
+        options["aws_secret_access_key"] = settings.secret_key
+        if settings.session_token:
+            options["aws_session_token"] = settings.session_token
+    else:
+        options["aws_skip_signature"] = "true"
+    if settings.endpoint:
+        options["aws_endpoint"] = settings.endpoint
+        if settings.endpoint.startswith("http://"):
+            options["aws_allow_http"] = "true"
+    return options
+
+
+@contextmanager
+def storage_errors(uri: str) -> Iterator[None]:
+    """Turn the operating system's and the object store's failures at `uri` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(
+            f"cannot read or write: {reason}",
+            where=uri,
+            help="check that the place exists, that you may write there, and, for S3, the endpoint "
+            "(AWS_ENDPOINT_URL), region and credentials: `python -m kblam_ray.check --kb URI`",
+        ) from error
