@@ -72,8 +72,12 @@ def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobC
     Raises:
         InputError: an unknown flag, a wrong value, a missing one, or an unreadable YAML file.
     """
-    parser = _Parser(prog=f"jobs/{name}.py", description=sys.modules[config_type.__module__].__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"jobs/{name}.py",
+        description=sys.modules[config_type.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
     for field, info in config_type.model_fields.items():
         _add_flag(parser, field, info)
@@ -85,8 +89,9 @@ def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobC
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the settings"
-        raise InputError(f"{flag}: {first['msg']}", where=path or "command line",
-                         help=f"see `jobs/{name}.py --help`") from None
+        raise InputError(
+            f"{flag}: {first['msg']}", where=path or "command line", help=f"see `jobs/{name}.py --help`"
+        ) from None
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:

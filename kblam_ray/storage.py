@@ -113,7 +113,11 @@ def delta_storage_options(uri: str) -> dict[str, str] | None:
     if not is_s3(uri):
         return None
     settings = resolve_s3()
-    options = {"aws_region": settings.region, "timeout": f"{REQUEST_TIMEOUT_S}s", "connect_timeout": f"{CONNECT_TIMEOUT_S}s"}
+    options = {
+        "aws_region": settings.region,
+        "timeout": f"{REQUEST_TIMEOUT_S}s",
+        "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
+    }
     if settings.access_key and settings.secret_key:
         options["aws_access_key_id"] = settings.access_key
         options["aws_secret_access_key"] = settings.secret_key
