@@ -105,3 +105,9 @@ class StorageError(KblamError):
     """A local disk or an object store cannot be read or written."""
 
     code = "storage_failed"
+
+
+class RayStartError(KblamError):
+    """Ray could not be started or its cluster could not be reached."""
+
+    code = "ray_unavailable"

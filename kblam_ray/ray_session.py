@@ -1,0 +1,73 @@
+"""Start Ray for a job: join the cluster the job was submitted to, or start a small one in this process.
+
+`ray job submit`, KubeRay and `RAY_ADDRESS` all announce their cluster through Ray's own environment variable. Without
+it a job gets its own Ray, sized by hand: left alone, Ray takes 30 % of the machine's memory for its object store, opens
+a dashboard and reports usage over the network.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from kblam_ray.errors import InputError, MissingDependencyError, RayStartError
+
+OBJECT_STORE_BYTES = 400_000_000
+"""Object store of a local Ray: holds the blocks in flight between tasks; Ray spills to disk beyond it."""
+
+
+def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names, else start Ray in this process; do nothing if it runs already.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray; None counts the machine's. A cluster keeps its own.
+        object_store_bytes: object store of a local Ray.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        InputError: fewer than one CPU.
+        RayStartError: the cluster does not answer, or the local Ray does not start.
+    """
+    if num_cpus is not None and num_cpus < 1:
+        raise InputError(f"{num_cpus} CPUs for Ray", where="--num-cpus", help="give at least 1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Ray is not installed", where="jobs run on Ray", help="pip install 'kblam-ray[ray]'"
+        ) from error
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        # Workers' prints would land on the driver's stdout, which belongs to the summary line; their errors arrive as
+        # exceptions, and all of it is in Ray's log files.
+        quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                # "local" because None would join whichever Ray was last started on this host.
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes,
+                    **quiet,
+                )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise RayStartError(
+                f"Ray does not start: {str(error).splitlines()[0]}",
+                where=f"RAY_ADDRESS={address}" if address else "local Ray",
+                help="unset RAY_ADDRESS to run on this machine alone, or check the cluster with `ray status`",
+            ) from error
+    _quiet_ray_data()
+
+
+def _quiet_ray_data() -> None:
+    """Ray Data draws bars and logs plans on stderr; jobs report their own progress there."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
