@@ -1,0 +1,204 @@
+"""Open a table at a version, see its files without reading them, and commit parts in one atomic step.
+
+Commits are blind appends: writers never conflict, because which row of a fact is live follows from the rows
+themselves (`live.py`). A commit carries its write id as a Delta transaction, so that a retry after an uncertain
+outcome (a dropped connection) finds its version and does not commit twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import deltalake
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction, CommitProperties, Transaction, create_table_with_add_actions
+
+from kblam_ray import storage
+from kblam_ray.errors import InputError, StorageError, TableError, TableNotFoundError
+from kblam_ray.table.commits import find_write
+from kblam_ray.table.opening import check_location, open_delta, read_info, reason
+from kblam_ray.table.part import PartFile, open_part
+from kblam_ray.table.schema import SCHEMA, TableInfo
+
+WRITE_WINDOW_H = 144
+"""Hours from a write's `updated_at` to its commit. Delete rows and uncommitted files are kept a day longer, so that no
+write can bring back a fact that was deleted meanwhile, or lose its files to vacuum."""
+
+_COMMIT_ATTEMPTS = 5
+_MAX_COMMIT_RETRIES = 1_000
+_HOUR_US = 3_600_000_000
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file of one version; ranges are None where another program wrote it without statistics."""
+
+    path: str
+    size_bytes: int
+    num_rows: int | None
+    min_id: int | None
+    max_id: int | None
+    min_updated_at: int | None
+    max_updated_at: int | None
+
+
+class TableLog:
+    """One version of one table: what it is made with and the files it consists of."""
+
+    def __init__(self, uri: str, delta: deltalake.DeltaTable, info: TableInfo) -> None:
+        self.uri, self.delta, self.info = uri, delta, info
+        self.version: int = delta.version()
+
+    @classmethod
+    def open(cls, uri: str, version: int | None = None) -> TableLog:
+        """Open the table at `uri` at `version`, by default the newest.
+
+        Raises:
+            TableNotFoundError: there is no table, or it lacks the version.
+            TableError: a Delta table that is not ours, or of a newer format, or with a damaged log.
+            StorageError: the store does not answer or refuses.
+        """
+        uri = check_location(uri)
+        delta = open_delta(uri, version)
+        return cls(uri, delta, read_info(uri, delta))
+
+    @classmethod
+    def open_if_exists(cls, uri: str) -> TableLog | None:
+        """The newest version of the table at `uri`, or None where there is no table yet."""
+        try:
+            return cls.open(uri)
+        except TableNotFoundError:
+            return None
+
+    @cached_property
+    def files(self) -> list[DataFile]:
+        """The data files of this version, in no particular order."""
+        actions = pa.table(self.delta.get_add_actions(flatten=True))
+
+        def column(name: str) -> list:
+            if name not in actions.column_names:
+                return [None] * len(actions)
+            values = actions[name]
+            return (values.cast(pa.int64()) if pa.types.is_timestamp(values.type) else values).to_pylist()
+
+        names = ("path", "size_bytes", "num_records", "min.fact_id", "max.fact_id", "min.updated_at", "max.updated_at")
+        return [DataFile(*row) for row in zip(*map(column, names), strict=True)]
+
+    def newest_updated_at(self) -> int:
+        """The largest `updated_at` of any row, microseconds since 1970; 0 for a table without rows."""
+        known = [file.max_updated_at for file in self.files if file.max_updated_at is not None]
+        return max([0, *known, *(self._read_newest(file) for file in self.files if file.max_updated_at is None)])
+
+    def _read_newest(self, file: DataFile) -> int:
+        files, root = storage.filesystem(self.uri)
+        times = open_part(files, root, file.path).read(columns=["updated_at"])["updated_at"]
+        return pc.max(times.cast(SCHEMA.field("updated_at").type).cast(pa.int64())).as_py() or 0
+
+    def holds(self, write_id: str) -> bool:
+        """Whether this version includes the write."""
+        return self.delta.transaction_version(write_id) is not None
+
+
+def as_log(table: str | TableLog, version: int | None = None) -> TableLog:
+    """`table` itself, or the table at that URI opened at `version`."""
+    return table if isinstance(table, TableLog) else TableLog.open(table, version)
+
+
+def table_version(uri: str) -> int:
+    """The newest version of the table."""
+    return TableLog.open(uri).version
+
+
+def newest_updated_at(table: str | TableLog) -> int:
+    """The largest `updated_at` of any row, microseconds since 1970, from the log alone."""
+    return as_log(table).newest_updated_at()
+
+
+def next_updated_at(table: str | TableLog) -> int:
+    """The `updated_at` of a write that begins now, microseconds since 1970: now, and after every row of the table.
+
+    There need not be a table at the URI yet.
+    """
+    log = TableLog.open_if_exists(table) if isinstance(table, str) else table
+    now = time.time_ns() // 1_000
+    return now if log is None else max(now, log.newest_updated_at() + 1)
+
+
+def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str) -> int:
+    """Make `parts` part of the table in one atomic commit, creating the table if there is none.
+
+    Calling it again with the same `write_id` commits nothing and returns the same version.
+
+    Returns:
+        The version that holds the write, read back from the log.
+
+    Raises:
+        EncoderMismatchError: the table has another encoder.
+        TableError: the table has another identity rule, or the write began too long ago.
+        StorageError: the commit failed; the table is as before.
+    """
+    uri = check_location(uri)
+    if not parts:
+        raise InputError("a commit without files", where=uri, help="commit at least one part")
+    _refuse_old(uri, parts)
+    actions: list[AddAction] = [_add_action(part) for part in parts]
+    failure: Exception | None = None
+    for _ in range(_COMMIT_ATTEMPTS):
+        log = TableLog.open_if_exists(uri)
+        if log is not None:
+            log.info.require_same(info, uri)
+            if log.holds(write_id):
+                return _version_of(log, write_id)
+        try:
+            _commit(uri, log, info, actions, write_id)
+        except (DeltaError, OSError) as error:
+            # Lost a race to create the table, or the answer to a commit that landed: the next look at the log tells.
+            failure = error
+    log = TableLog.open_if_exists(uri)
+    if log is not None and log.holds(write_id):
+        return _version_of(log, write_id)
+    raise StorageError(
+        f"the commit failed {_COMMIT_ATTEMPTS} times: {reason(failure)}" if failure else "the commit left no trace",
+        where=uri,
+        help="the table is as before; run again when the store answers and can be written",
+    ) from failure
+
+
+def _commit(uri: str, log: TableLog | None, info: TableInfo, actions: list[AddAction], write_id: str) -> None:
+    properties = CommitProperties(app_transactions=[Transaction(write_id, 1)], max_commit_retries=_MAX_COMMIT_RETRIES)
+    if log is not None:
+        log.delta.create_write_transaction([*actions], "append", SCHEMA, commit_properties=properties)
+        return
+    create_table_with_add_actions(
+        uri,
+        deltalake.Schema.from_arrow(SCHEMA),
+        actions,
+        mode="error",
+        description=info.model_dump_json(),
+        storage_options=storage.delta_storage_options(uri),
+        commit_properties=properties,
+    )
+
+
+def _version_of(log: TableLog, write_id: str) -> int:
+    found = find_write(log.uri, write_id, newest=log.version)
+    return log.version if found is None else found
+
+
+def _add_action(part: PartFile, data_change: bool = True) -> AddAction:
+    return AddAction(part.path, part.size_bytes, {}, part.modified_at_ms, data_change, part.stats)
+
+
+def _refuse_old(uri: str, parts: Sequence[PartFile]) -> None:
+    age_h = (time.time_ns() // 1_000 - min(part.min_updated_at for part in parts)) / _HOUR_US
+    if age_h > WRITE_WINDOW_H:
+        raise TableError(
+            f"the write began {age_h:.0f} hours ago: facts deleted since then could come back",
+            where=uri,
+            help=f"run it again; from beginning to commit a write may take {WRITE_WINDOW_H} hours",
+        )
