@@ -3,15 +3,17 @@
 boto3 looks in the environment, the shared profiles and the instance or container role, and takes the
 endpoint from `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_S3` or the profile, so an S3-compatible store needs
 no setting of ours. What it finds is handed to pyarrow (data files) and to deltalake (the log). Every
-process resolves for itself and at every call, so short-lived credentials never travel or go stale.
+process resolves for itself and again after a minute, so short-lived credentials never travel or go stale.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -21,6 +23,12 @@ from kblam_ray.errors import InputError, StorageError
 
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 60
+MAX_ATTEMPTS = 4
+DELTA_MAX_RETRIES = 6
+RETRY_TIMEOUT_S = 30
+
+RESOLVE_EVERY_S = 60
+"""Resolving takes 70-200 ms, a hundred times a small read. boto3 renews credentials minutes before they expire."""
 
 
 def is_s3(uri: str) -> bool:
@@ -66,6 +74,13 @@ class S3Settings:
 
 def resolve_s3() -> S3Settings:
     """Ask boto3 for credentials, region and endpoint, as the AWS command line would find them."""
+    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    return _resolve_s3(environment, int(time.monotonic() // RESOLVE_EVERY_S))
+
+
+@lru_cache(maxsize=4)
+def _resolve_s3(environment: tuple[tuple[str, str], ...], period: int) -> S3Settings:
+    # The arguments are what makes an answer out of date; boto3 reads the environment itself.
     import boto3
 
     session = boto3.Session()
@@ -92,7 +107,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         "region": settings.region,
         "connect_timeout": CONNECT_TIMEOUT_S,
         "request_timeout": REQUEST_TIMEOUT_S,
-        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=4),
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
     }
     if settings.access_key:
         options["access_key"] = settings.access_key
@@ -115,8 +130,12 @@ def delta_storage_options(uri: str) -> dict[str, str] | None:
     settings = resolve_s3()
     options = {
         "aws_region": settings.region,
+        # Without a lock table the log is safe only if a commit's file is put on condition that it is not there yet.
+        "aws_conditional_put": "etag",
         "timeout": f"{REQUEST_TIMEOUT_S}s",
         "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
+        "max_retries": str(DELTA_MAX_RETRIES),
+        "retry_timeout": f"{RETRY_TIMEOUT_S}s",
     }
     if settings.access_key and settings.secret_key:
         options["aws_access_key_id"] = settings.access_key
