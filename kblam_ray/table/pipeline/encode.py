@@ -1,0 +1,238 @@
+"""Embed each distinct text once, on an autoscaling pool of encoder actors, into the spool."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from kblam_ray.encoders import load_encoder
+from kblam_ray.encoders.base import Encoder, EncoderSpec
+from kblam_ray.errors import EncoderMismatchError
+from kblam_ray.facts.fact import key_text
+from kblam_ray.table.pipeline.reports import reporting, reports
+from kblam_ray.table.pipeline.scan import TASK_CPUS
+from kblam_ray.table.pipeline.spool import Leftover, read_spool, spool_rows, text_hash, write_spool
+from kblam_ray.table.pipeline.work import UNENCODED, Work
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.data import Dataset
+
+    from kblam_ray.encoders import EncoderSettings
+
+ENCODER_CPUS = 0.75
+"""Logical CPUs of an encoder actor. A pool that asks for all CPUs waits forever for the tasks that feed it."""
+
+MAX_SPOOL_FILE_BYTES = 6_000_000
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """A worker's report of one spool file: the texts in it, by number, and what the encoder noticed of them."""
+
+    file: str
+    text_ids: np.ndarray
+    num_truncated: int
+    num_unknown: int
+    truncated_example: str | None = None
+    unknown_example: str | None = None
+    tokens: int = 0
+    cost_usd: float = 0.0
+
+
+@dataclass
+class EncodeReport:
+    """What the encoder noticed over a run; an example is the first text of its kind."""
+
+    texts_embedded: int = 0
+    texts_resumed: int = 0
+    texts_truncated: int = 0
+    truncated_example: str | None = None
+    texts_with_unknown_tokens: int = 0
+    unknown_example: str | None = None
+    tokens: int = 0
+    cost_usd: float = 0.0
+    spooled: list[Spooled] = field(default_factory=list)
+
+    def add(self, batch: Spooled) -> None:
+        self.spooled.append(batch)
+        self.texts_truncated += batch.num_truncated
+        self.truncated_example = self.truncated_example or batch.truncated_example
+        self.texts_with_unknown_tokens += batch.num_unknown
+        self.unknown_example = self.unknown_example or batch.unknown_example
+        self.tokens += batch.tokens
+        self.cost_usd += batch.cost_usd
+
+    def place(self, work: Work) -> Work:
+        """The work, knowing where every text spooled so far stands."""
+        return work.placed([batch.file for batch in self.spooled], [batch.text_ids for batch in self.spooled])
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many encoder actors there are, and what each takes."""
+
+    min_workers: int
+    max_workers: int
+    gpus_per_worker: float
+
+
+def resume_from(leftovers: list[Leftover], work: Work, spool: str, report: EncodeReport) -> Work:
+    """Copy the texts of this work that other runs have embedded already into this run's spool."""
+    import ray
+
+    files = [{"file": file} for leftover in leftovers for file in leftover.files]
+    if not files:
+        return work
+    copies = ray.data.from_items(files).map_batches(
+        _copy_spooled,
+        batch_size=1,
+        fn_kwargs={"work_ref": ray.put(work), "spool": spool},
+        num_cpus=TASK_CPUS,
+    )
+    for copied in reports(copies):
+        report.add(copied)
+    work = report.place(work)
+    report.texts_resumed = work.num_texts - work.num_unencoded
+    return work
+
+
+@reporting
+def _copy_spooled(batch: dict[str, np.ndarray], work_ref: ObjectRef, spool: str) -> Spooled | None:
+    import ray
+
+    work: Work = ray.get(work_ref)
+    try:
+        rows = read_spool(str(batch["file"][0]))
+    except FileNotFoundError:
+        return None  # Its run finished and cleaned up since we looked: these texts are simply encoded here.
+    text_ids = pc.index_in(rows["text_hash"].combine_chunks(), value_set=work.hashes_D)
+    wanted = pc.is_valid(text_ids)
+    rows = rows.filter(wanted)
+    if not len(rows):
+        return None
+    ids = text_ids.filter(wanted).to_numpy().astype(np.int64)
+    return Spooled(write_spool(spool, rows), ids, _count(rows, "truncated"), _count(rows, "unknown"))
+
+
+def encode_texts(
+    rows: Dataset,
+    work: Work,
+    settings: EncoderSettings,
+    spec: EncoderSpec,
+    pool: Pool,
+    spool: str,
+    report: EncodeReport,
+) -> Work:
+    """Embed the work's texts that have no embedding yet; returns the work knowing where each one stands.
+
+    Args:
+        rows: the scanned input.
+        settings: how a worker loads its encoder; it must turn out to be `spec`.
+        spool: URI of this run's spool directory.
+        report: what was noticed is added to it.
+    """
+    import ray
+
+    num_texts = work.num_unencoded
+    if not num_texts:
+        return work
+    batch_size = texts_per_batch(num_texts, pool.max_workers, spec.dim)
+    encoded = (
+        rows.map_batches(
+            _texts_to_encode,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"work_ref": ray.put(work)},
+            num_cpus=TASK_CPUS,
+        )
+        .repartition(target_num_rows_per_block=batch_size)
+        .map_batches(
+            _EncodeTexts,
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"settings": settings, "spec": spec, "spool": spool},
+            compute=ray.data.ActorPoolStrategy(min_size=pool.min_workers, max_size=pool.max_workers),
+            num_cpus=ENCODER_CPUS,
+            num_gpus=pool.gpus_per_worker or None,
+        )
+    )
+    # On a terminal the bar moves; in a log each update is a line, so there it speaks rarely.
+    interval_s = 0.2 if sys.stderr.isatty() else 5.0
+    with tqdm(total=num_texts, desc="embed", unit=" texts", mininterval=interval_s, file=sys.stderr) as bar:
+        for batch in reports(encoded):
+            report.add(batch)
+            bar.update(len(batch.text_ids))
+    report.texts_embedded += num_texts
+    return report.place(work)
+
+
+def texts_per_batch(num_texts: int, num_workers: int, dim: int) -> int:
+    """Texts per spool file: enough batches to keep every worker busy to the end, and files of a few megabytes."""
+    share = -(-num_texts // (4 * num_workers))
+    return max(32, min(share, MAX_SPOOL_FILE_BYTES // (2 * dim)))
+
+
+def _texts_to_encode(batch: pa.Table, work_ref: ObjectRef) -> pa.Table:
+    """The texts that the batch's rows own and that have no embedding yet."""
+    import ray
+
+    work: Work = ray.get(work_ref)
+    at, rows_W = work.rows_of(batch["seq"].to_numpy())
+    facts = batch.select(["entity", "property", "value"]).take(at).to_pylist()
+    text_ids_B2 = work.text_ids_W2[rows_W]
+    needed_B2 = work.owners_W2[rows_W] & (work.file_D[text_ids_B2] == UNENCODED)
+    texts = [
+        facts[row]["value"] if column else key_text(facts[row]["entity"], facts[row]["property"])
+        for row, column in zip(*np.nonzero(needed_B2), strict=True)
+    ]
+    return pa.table({"text_id": text_ids_B2[needed_B2], "text": pa.array(texts, pa.string())})
+
+
+class _EncodeTexts:
+    """One encoder in one actor: a batch of texts in, one spool file out."""
+
+    def __init__(self, settings: EncoderSettings, spec: EncoderSpec, spool: str) -> None:
+        self.settings, self.spec, self.spool = settings, spec, spool
+        self.encoder: Encoder | None = None
+
+    @reporting
+    def __call__(self, batch: pa.Table) -> Spooled | None:
+        # Loaded here and not on construction: an encoder that cannot be had is reported, an actor that cannot
+        # be constructed is tried again and again.
+        if self.encoder is None:
+            self.encoder = load_encoder(self.settings)
+            self._require_revision(self.encoder.spec)
+        texts = batch["text"].to_pylist()
+        if not texts:
+            return None
+        encoded = self.encoder.encode_batch(texts)
+        rows = spool_rows([text_hash(text) for text in texts], encoded)
+        return Spooled(
+            file=write_spool(self.spool, rows),
+            text_ids=batch["text_id"].to_numpy(),
+            num_truncated=len(encoded.truncated),
+            num_unknown=len(encoded.unknown),
+            truncated_example=texts[encoded.truncated[0]] if encoded.truncated else None,
+            unknown_example=texts[encoded.unknown[0]] if encoded.unknown else None,
+            tokens=encoded.tokens,
+            cost_usd=encoded.cost_usd,
+        )
+
+    def _require_revision(self, found: EncoderSpec) -> None:
+        if found != self.spec:
+            raise EncoderMismatchError(
+                f"a worker has revision {found.revision} of the encoder, the driver {self.spec.revision}",
+                where=self.spec.name,
+                help="install the same model on every node",
+            )
+
+
+def _count(rows: pa.Table, column: str) -> int:
+    return int(rows[column].to_numpy().sum())

@@ -1,0 +1,266 @@
+"""From input files to one commit: scan, plan, encode, write, commit.
+
+    input files --scan--> blocks of facts --plan--> new and changed facts, distinct texts
+                                |                               |
+                                v                               v
+                 Parquet parts <--write-- embeddings <--encode-- texts not embedded yet
+                       |
+                       +--commit--> the next version, or nothing at all
+
+Everything before the commit can be lost and done again: parts that no commit names are invisible, and the
+spool keeps finished embeddings for the next run.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from kblam_ray import storage
+from kblam_ray.encoders import EncoderSettings, load_encoder
+from kblam_ray.encoders.base import EncoderSpec
+from kblam_ray.errors import InputError
+from kblam_ray.facts import expand_inputs, write_rejected
+from kblam_ray.facts.fact import DEFAULT_IDENTITY, Identity
+from kblam_ray.job import JobConfig
+from kblam_ray.ray_session import start_ray
+from kblam_ray.table.live import live_index, read_live
+from kblam_ray.table.log import TableLog, commit_parts, find_log, next_updated_at
+from kblam_ray.table.part import PartFile, write_part
+from kblam_ray.table.pipeline import spool
+from kblam_ray.table.pipeline.ambiguity import find_ambiguous_keys
+from kblam_ray.table.pipeline.encode import EncodeReport, Pool, encode_texts, resume_from
+from kblam_ray.table.pipeline.scan import Scan
+from kblam_ray.table.pipeline.work import plan_work
+from kblam_ray.table.pipeline.write import NO_FACTS, Stamp, WrittenFacts, write_facts_to_parts
+from kblam_ray.table.plan import (
+    CollidingRowsError,
+    WriteMode,
+    WritePlan,
+    collision,
+    plan_write,
+    refuse_collisions_with_live,
+)
+from kblam_ray.table.schema import TableInfo, delete_rows
+
+DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+
+_NOTHING_LIVE = pa.table({"fact_id": pa.array([], pa.int64()), "content_hash": pa.array([], pa.string())})
+
+
+class EmbedSettings(JobConfig):
+    """What `jobs/embed_kb.py` takes."""
+
+    kb: str = Field(description="the table: a local path or s3://bucket/prefix; made if absent")
+    input: list[str] = Field(min_length=1, description="facts: a file, directory, glob or s3:// prefix")
+    mode: WriteMode = Field("upsert", description="upsert adds and changes; sync also deletes what the input lacks")
+    on_error: Literal["fail", "skip"] = Field("fail", description="what a bad row does")
+    identity: Identity | None = Field(
+        None, description=f"what tells two facts apart (default: the table's, {DEFAULT_IDENTITY} for a new one)"
+    )
+    encoder: str | None = Field(
+        None, description=f"encoder name (default: the table's, {DEFAULT_ENCODER} for a new one)"
+    )
+    num_workers: int | None = Field(None, ge=1, description="most encoder workers (default: one per CPU)")
+    min_workers: int = Field(1, ge=1, description="encoder workers to start with; the pool grows with the backlog")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each encoder worker")
+
+
+def embed(settings: EmbedSettings) -> dict[str, Any]:
+    """Bring the table up to date with the input, in at most one commit; returns the job's summary.
+
+    Raises:
+        InputError: nothing to read, a bad row (`on_error="fail"`), a wrong encoder or identity for the table.
+        StorageError, EncoderError: the machinery failed; the table is as it was.
+    """
+    kb_uri = storage.normalize(settings.kb)
+    files = expand_inputs(settings.input)
+    log = find_log(kb_uri)
+    encoder_settings, info = _agree_on_encoder(settings, log)
+    start_ray()
+    return _run(settings, kb_uri, Scan(files, info.identity), log, encoder_settings, info)
+
+
+def _run(
+    settings: EmbedSettings,
+    kb_uri: str,
+    scan: Scan,
+    log: TableLog | None,
+    encoder_settings: EncoderSettings,
+    info: TableInfo,
+) -> dict[str, Any]:
+    scan.refuse_rejected(settings.on_error)
+    run_id = uuid.uuid4().hex
+    version = log.version if log else None
+    live = live_index(kb_uri, version) if log else _NOTHING_LIVE
+    plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version)
+    if settings.mode == "sync" and not len(scan.index):
+        raise InputError(
+            "the input holds no facts, so --mode sync would delete the whole table",
+            where=", ".join(settings.input),
+            help="check the input; to empty a table on purpose, delete the facts or the table",
+        )
+    rejected_path = None
+    if scan.num_rejected:
+        rejected_path = f"{kb_uri}.rejected/{run_id}.jsonl"
+        write_rejected(scan.rejected(), rejected_path)
+        _say(f"{scan.num_rejected} rows rejected: {rejected_path}")
+
+    report = EncodeReport()
+    new_version, ambiguous = version, 0
+    if not plan.is_empty:
+        new_version, written = _write(settings, kb_uri, scan, plan, encoder_settings, info, run_id, report, version)
+        ambiguous = _report_ambiguity(kb_uri, new_version, len(live) + len(plan.added), written, info.encoder)
+    _say_what_was_noticed(report)
+    committed = new_version != version
+    num_facts = len(live) + len(plan.added) - len(plan.deleted_ids)
+    if committed and new_version != (0 if version is None else version + 1):
+        num_facts = len(live_index(kb_uri, new_version))  # another writer committed in between
+    return {
+        "kb": kb_uri,
+        "version": new_version,
+        "previous_version": version,
+        "committed": committed,
+        "mode": settings.mode,
+        "rows_read": scan.num_rows,
+        "rows_rejected": scan.num_rejected,
+        "rejected_path": rejected_path,
+        "duplicates": plan.duplicates,
+        "added": len(plan.added),
+        "changed": len(plan.changed),
+        "deleted": len(plan.deleted_ids),
+        "unchanged": plan.unchanged,
+        "texts_embedded": report.texts_embedded,
+        "texts_resumed": report.texts_resumed,
+        "texts_truncated": report.texts_truncated,
+        "texts_with_unknown_tokens": report.texts_with_unknown_tokens,
+        "ambiguous_keys": ambiguous,
+        "num_facts": num_facts,
+        "encoder": info.encoder.name,
+        "encoder_revision": info.encoder.revision,
+        "tokens": report.tokens,
+        "cost_usd": round(report.cost_usd, 6),
+    }
+
+
+def _agree_on_encoder(settings: EmbedSettings, log: TableLog | None) -> tuple[EncoderSettings, TableInfo]:
+    """Load the encoder once here, so that a wrong name or key is told before any work, and its cache is warm."""
+    name = settings.encoder or (log.info.encoder.name if log else DEFAULT_ENCODER)
+    encoder_settings = EncoderSettings(name=name)
+    spec = load_encoder(encoder_settings).spec
+    identity = settings.identity or (log.info.identity if log else DEFAULT_IDENTITY)
+    info = TableInfo(encoder=spec, identity=identity)
+    if log:
+        log.info.require_same(info, log.uri)
+    return encoder_settings, info
+
+
+def _plan(
+    scan: Scan, live: pa.Table, mode: WriteMode, identity: Identity, kb_uri: str, version: int | None
+) -> WritePlan:
+    try:
+        plan = plan_write(scan.index, live, mode)
+    except CollidingRowsError as error:
+        first, second = scan.facts_at(np.asarray(error.rows))
+        raise collision(first, second, identity) from None
+    if len(plan.changed):
+        changed_ids = scan.index["fact_id"].take(plan.changed).to_numpy()
+        rows = read_live(kb_uri, version, columns=["fact_id", "entity", "property", "value"], fact_ids=changed_ids)
+        refuse_collisions_with_live(scan.facts_at(plan.changed), rows, identity)
+    return plan
+
+
+def _write(
+    settings: EmbedSettings,
+    kb_uri: str,
+    scan: Scan,
+    plan: WritePlan,
+    encoder_settings: EncoderSettings,
+    info: TableInfo,
+    run_id: str,
+    report: EncodeReport,
+    version: int | None,
+) -> tuple[int, WrittenFacts]:
+    """Encode, write and commit; returns the version that holds the write, and what was written."""
+    dim = info.encoder.dim
+    own_spool = spool.spool_uri(kb_uri, info.encoder, run_id)
+    leftovers = spool.find_leftovers(kb_uri, info.encoder)
+    written = NO_FACTS
+    work = None
+    if len(plan.written):
+        work = plan_work(scan.index, plan.written)
+        work = resume_from(leftovers, work, own_spool, report)
+        work = encode_texts(scan.rows, work, encoder_settings, info.encoder, _pool(settings), own_spool, report)
+    stamp = Stamp(updated_at=next_updated_at(find_log(kb_uri)), write_id=run_id)
+    if work is not None:
+        written = write_facts_to_parts(scan.rows, work, kb_uri, dim, stamp)
+    parts = [*written.parts, *_delete_parts(kb_uri, version, plan, stamp)]
+    new_version = commit_parts(kb_uri, info, parts, run_id)
+    spool.remove_spool(own_spool)
+    for leftover in leftovers:
+        if leftover.idle_s > spool.ABANDONED_S:
+            spool.remove_spool(leftover.uri)
+    return new_version, written
+
+
+def _delete_parts(kb_uri: str, version: int | None, plan: WritePlan, stamp: Stamp) -> list[PartFile]:
+    """Delete rows for the facts that a sync found gone; they keep the names of what they delete."""
+    if not len(plan.deleted_ids):
+        return []
+    columns = ["fact_id", "entity", "property", "value"]
+    return [
+        write_part(
+            kb_uri,
+            delete_rows(
+                fact_ids=rows["fact_id"],
+                entities=rows["entity"],
+                properties=rows["property"],
+                values=rows["value"],
+                updated_at=stamp.updated_at,
+                write_id=stamp.write_id,
+            ),
+        )
+        for rows in read_live(kb_uri, version, columns=columns, fact_ids=plan.deleted_ids)
+        if len(rows)
+    ]
+
+
+def _pool(settings: EmbedSettings) -> Pool:
+    import ray
+
+    # Whole CPUs of the cluster as it is, or may become when the pool's demand makes it grow.
+    most = settings.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return Pool(min(settings.min_workers, most), most, settings.gpus_per_worker)
+
+
+def _report_ambiguity(kb_uri: str, version: int, num_facts: int, written: WrittenFacts, encoder: EncoderSpec) -> int:
+    found = find_ambiguous_keys(kb_uri, version, num_facts, written, encoder.dim)
+    if found.example:
+        first, second = found.example
+        _say(f"{len(found.fact_ids)} facts share a key embedding with another, such as {first!r} and {second!r}")
+    return len(found.fact_ids)
+
+
+def _say_what_was_noticed(report: EncodeReport) -> None:
+    if report.texts_truncated:
+        example = _excerpt(report.truncated_example)
+        _say(f"{report.texts_truncated} texts are longer than the encoder reads, such as {example}")
+    if report.texts_with_unknown_tokens:
+        example = _excerpt(report.unknown_example)
+        _say(f"{report.texts_with_unknown_tokens} texts have tokens unknown to the encoder, such as {example}")
+    if report.texts_resumed:
+        _say(f"{report.texts_resumed} texts were embedded by an earlier run and not again")
+
+
+def _excerpt(text: str | None) -> str:
+    text = text or "one of an earlier run"
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+def _say(note: str) -> None:
+    print(f"embed: {note}", file=sys.stderr)

@@ -1,0 +1,120 @@
+"""The spool: embeddings of distinct texts, kept durably between the encoder and the table.
+
+Encoding is what costs time, and money with a remote encoder. Each finished batch of texts is one Parquet
+file under `_spool/` beside the table's log (a name that every Delta reader and vacuum passes over), known
+by the hash of its texts. A run that dies leaves its spool; the next run with the same encoder copies what
+it needs and encodes only the rest. Copying, rather than sharing, lets two runs at once clean up after
+themselves without taking the other's files away.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from kblam_ray import storage
+from kblam_ray.encoders.base import EncodedBatch, EncoderSpec
+from kblam_ray.table.schema import pack_embeddings, unpack_embeddings
+
+SPOOL_SCHEMA = pa.schema(
+    [("text_hash", pa.binary(16)), ("embedding", pa.binary()), ("truncated", pa.bool_()), ("unknown", pa.bool_())]
+)
+
+ABANDONED_S = 3_600
+"""A spool without a new file for this long, all of whose use was copied, belongs to a run that died."""
+
+RETENTION_S = 7 * 86_400
+"""A spool that nobody continued within this time is removed."""
+
+
+def text_hash(text: str) -> bytes:
+    """16 bytes that stand for a text; equal only for equal texts."""
+    return blake2b(text.encode("utf-8"), digest_size=16).digest()
+
+
+def spool_uri(kb_uri: str, encoder: EncoderSpec, run_id: str) -> str:
+    return storage.join(kb_uri, "_spool", encoder.revision, run_id)
+
+
+def write_spool(uri: str, rows: pa.Table) -> str:
+    """Write rows of SPOOL_SCHEMA as one new file of the spool; returns its URI. All of it or nothing appears."""
+    name = f"{uuid.uuid4().hex}.parquet"
+    final = storage.join(uri, name)
+    filesystem, path = storage.filesystem(final)
+    with storage.storage_errors(final):
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            filesystem.create_dir(path.rpartition("/")[0])
+            # The reader lists *.parquet: a file that a killed worker left half-written never bears that name.
+            pq.write_table(rows, f"{path}.part", filesystem=filesystem, compression="none")
+            filesystem.move(f"{path}.part", path)
+        else:
+            pq.write_table(rows, path, filesystem=filesystem, compression="none")
+    return final
+
+
+def spool_rows(hashes: Sequence[bytes], encoded: EncodedBatch) -> pa.Table:
+    """A batch fresh from the encoder as rows of SPOOL_SCHEMA."""
+    truncated, unknown = (np.zeros(len(hashes), bool) for _ in range(2))
+    truncated[encoded.truncated] = True
+    unknown[encoded.unknown] = True
+    packed = pack_embeddings(encoded.embeddings_BP)
+    return pa.table([pa.array(hashes, pa.binary(16)), packed, truncated, unknown], schema=SPOOL_SCHEMA)
+
+
+def read_spool(file: str, columns: Sequence[str] | None = None) -> pa.Table:
+    filesystem, path = storage.filesystem(file)
+    return pq.read_table(path, filesystem=filesystem, columns=columns, partitioning=None)
+
+
+def read_vectors(file: str, dim: int) -> np.ndarray:
+    """The embeddings of one spool file: float16 [rows, P]."""
+    with storage.storage_errors(file):
+        return unpack_embeddings(read_spool(file, ["embedding"])["embedding"], dim)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """The spool directory of another run with the same encoder."""
+
+    uri: str
+    files: tuple[str, ...]
+    idle_s: float
+
+
+def find_leftovers(kb_uri: str, encoder: EncoderSpec) -> list[Leftover]:
+    """Spools of earlier (or concurrent) runs on this table with this encoder, oldest first."""
+    root = storage.join(kb_uri, "_spool", encoder.revision)
+    filesystem, path = storage.filesystem(root)
+    with storage.storage_errors(root):
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    by_run: dict[str, list[pafs.FileInfo]] = {}
+    for info in infos:
+        if info.type == pafs.FileType.File and info.path.endswith(".parquet"):
+            by_run.setdefault(info.path.rpartition("/")[0], []).append(info)
+    now = time.time()
+    prefix = "s3://" if storage.is_s3(kb_uri) else ""
+    leftovers = [
+        Leftover(
+            uri=prefix + run,
+            files=tuple(sorted(prefix + info.path for info in found)),
+            idle_s=now - max(info.mtime.timestamp() for info in found),
+        )
+        for run, found in by_run.items()
+    ]
+    return sorted(leftovers, key=lambda leftover: -leftover.idle_s)
+
+
+def remove_spool(uri: str) -> None:
+    """Remove a run's spool directory; one that is gone already is no error."""
+    filesystem, path = storage.filesystem(uri)
+    with storage.storage_errors(uri):
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            filesystem.delete_dir(path)
