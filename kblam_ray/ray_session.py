@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from kblam_ray.errors import InputError, MissingDependencyError, RayStartError
 
@@ -41,7 +42,7 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
         address = os.environ.get("RAY_ADDRESS")
         # Workers' prints would land on the driver's stdout, which belongs to the summary line; their errors arrive as
         # exceptions, and all of it is in Ray's log files.
-        quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         try:
             if address:
                 ray.init(address=address, **quiet)
