@@ -53,7 +53,7 @@ class Winners:
         updated_at_M: int64 [M], microseconds since 1970.
         write_ids_M: dictionary of strings [M].
         file_M, row_M: index into `paths` and row of that file, int32 and int64 [M].
-        num_rows: rows that the rule looked at, superseded ones too.
+        rows_of_file: int64, rows of each file that the rule looked at, superseded ones too.
     """
 
     log: TableLog
@@ -64,7 +64,7 @@ class Winners:
     write_ids_M: pa.DictionaryArray
     file_M: np.ndarray
     row_M: np.ndarray
-    num_rows: int
+    rows_of_file: np.ndarray
 
     def __len__(self) -> int:
         return len(self.fact_ids_M)
@@ -80,7 +80,7 @@ class Winners:
             self.write_ids_M.filter(pa.array(which)) if which.dtype == bool else self.write_ids_M.take(pa.array(which)),
             self.file_M[which],
             self.row_M[which],
-            self.num_rows,
+            self.rows_of_file,
         )
 
     def live(self) -> Winners:
@@ -147,15 +147,16 @@ def resolve(log: TableLog, sources: Sequence[DataFile], wanted: np.ndarray | Non
     with ThreadPoolExecutor(_READERS) as pool:
         scans = list(pool.map(lambda file: _scan(open_part(files, root, file.path), wanted), sources))
     empty = pa.table({name: [] for name in _RULE_COLUMNS}, schema=_RULE_SCHEMA)
-    rows = pa.concat_tables([empty, *(scan for scan, _ in scans)]).unify_dictionaries()
+    rows = pa.concat_tables([empty, *(scan for scan, _ in scans)])
     ids_N = rows["fact_id"].to_numpy()
     updated_at_N = rows["updated_at"].cast(pa.int64()).to_numpy()
-    writes_N = _combined(rows["write_id"])
+    writes_N = combined(rows["write_id"])
     # Codes ranked as their texts: order by write_id without touching the strings again.
     rank_of_code = np.argsort(np.argsort(np.asarray(writes_N.dictionary.to_pylist(), dtype=object), kind="stable"))
     rank_N = rank_of_code[writes_N.indices.to_numpy()] if len(ids_N) else np.empty(0, np.int64)
     win_M = winning_rows(ids_N, updated_at_N, rank_N)
-    file_N = np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan) for scan, _ in scans])
+    rows_of_file = np.array([len(scan) for scan, _ in scans], np.int64)
+    file_N = np.repeat(np.arange(len(scans), dtype=np.int32), rows_of_file)
     row_N = np.concatenate([np.empty(0, np.int64), *(numbers for _, numbers in scans)])
     return Winners(
         log=log,
@@ -166,7 +167,7 @@ def resolve(log: TableLog, sources: Sequence[DataFile], wanted: np.ndarray | Non
         write_ids_M=writes_N.take(pa.array(win_M)),
         file_M=file_N[win_M],
         row_M=row_N[win_M],
-        num_rows=len(ids_N),
+        rows_of_file=rows_of_file,
     )
 
 
@@ -279,9 +280,10 @@ def _empty(columns: Sequence[str]) -> pa.Table:
     return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
 
 
-def _combined(column: pa.ChunkedArray) -> pa.DictionaryArray:
-    combined = column.combine_chunks()
-    return combined if isinstance(combined, pa.DictionaryArray) else pa.concat_arrays(combined.chunks)
+def combined(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """A dictionary column as one array, so that equal texts have equal codes."""
+    array = column.unify_dictionaries().combine_chunks()
+    return array if isinstance(array, pa.DictionaryArray) else pa.concat_arrays(array.chunks)
 
 
 def _map_ahead(function: Callable[[_In], _Out], items: Iterable[_In], ahead: int) -> Iterator[_Out]:

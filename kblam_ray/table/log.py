@@ -16,7 +16,7 @@ import deltalake
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
-from deltalake.transaction import AddAction, CommitProperties, Transaction, create_table_with_add_actions
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
 
 from kblam_ray import storage
 from kblam_ray.errors import InputError, StorageError, TableError, TableNotFoundError
@@ -155,25 +155,40 @@ def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id:
             if log.holds(write_id):
                 return _version_of(log, write_id)
         try:
-            _commit(uri, log, info, actions, write_id)
+            if log is None:
+                _create(uri, info, actions, write_id)
+            else:
+                _append(log, actions, write_id)
         except (DeltaError, OSError) as error:
             # Lost a race to create the table, or the answer to a commit that landed: the next look at the log tells.
             failure = error
     log = TableLog.open_if_exists(uri)
     if log is not None and log.holds(write_id):
         return _version_of(log, write_id)
-    raise StorageError(
-        f"the commit failed {_COMMIT_ATTEMPTS} times: {reason(failure)}" if failure else "the commit left no trace",
-        where=uri,
-        help="the table is as before; run again when the store answers and can be written",
-    ) from failure
+    raise _failed(uri, failure) from failure
 
 
-def _commit(uri: str, log: TableLog | None, info: TableInfo, actions: list[AddAction], write_id: str) -> None:
-    properties = CommitProperties(app_transactions=[Transaction(write_id, 1)], max_commit_retries=_MAX_COMMIT_RETRIES)
-    if log is not None:
-        log.delta.create_write_transaction([*actions], "append", SCHEMA, commit_properties=properties)
-        return
+def replace_parts(log: TableLog, parts: Sequence[PartFile], replaced: Sequence[DataFile], write_id: str) -> int:
+    """Put `parts` in the place of the files `replaced`, whose rows they hold: one commit that changes no fact.
+
+    Raises:
+        StorageError: the commit failed; the table is as before.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    adds = [_add_action(part, data_change=False) for part in parts]
+    removes = [RemoveAction(file.path, False, now_ms, file.size_bytes, {}) for file in replaced]
+    failure: Exception | None = None
+    try:
+        _append(log, [*adds, *removes], write_id)
+    except (DeltaError, OSError) as error:
+        failure = error
+    newest = TableLog.open(log.uri)
+    if newest.holds(write_id):
+        return _version_of(newest, write_id)
+    raise _failed(log.uri, failure) from failure
+
+
+def _create(uri: str, info: TableInfo, actions: list[AddAction], write_id: str) -> None:
     create_table_with_add_actions(
         uri,
         deltalake.Schema.from_arrow(SCHEMA),
@@ -181,7 +196,23 @@ def _commit(uri: str, log: TableLog | None, info: TableInfo, actions: list[AddAc
         mode="error",
         description=info.model_dump_json(),
         storage_options=storage.delta_storage_options(uri),
-        commit_properties=properties,
+        commit_properties=_properties(write_id),
+    )
+
+
+def _append(log: TableLog, actions: Sequence[AddAction | RemoveAction], write_id: str) -> None:
+    log.delta.create_write_transaction([*actions], "append", SCHEMA, commit_properties=_properties(write_id))
+
+
+def _properties(write_id: str) -> CommitProperties:
+    return CommitProperties(app_transactions=[Transaction(write_id, 1)], max_commit_retries=_MAX_COMMIT_RETRIES)
+
+
+def _failed(uri: str, failure: Exception | None) -> StorageError:
+    return StorageError(
+        f"the commit failed: {reason(failure) if failure else 'it is not in the log'}",
+        where=uri,
+        help="the table is as before; run again when the store answers and can be written",
     )
 
 

@@ -61,10 +61,11 @@ class TableInfo(BaseModel):
         """Refuse to write facts made for `other` into this table.
 
         Raises:
-            EncoderMismatchError: another encoder name, revision or dimension.
+            EncoderMismatchError: another encoder revision or dimension.
             TableError: another identity rule.
         """
-        if self.encoder != other.encoder:
+        # The revision hashes what is inside: one encoder under another name (a local path) is still that encoder.
+        if (self.encoder.revision, self.encoder.dim) != (other.encoder.revision, other.encoder.dim):
             raise EncoderMismatchError(
                 f"the table was made with encoder {_describe(self.encoder)}, not {_describe(other.encoder)}",
                 where=uri,

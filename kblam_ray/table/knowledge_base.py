@@ -1,0 +1,285 @@
+"""The knowledge base as Python sees it: open it at a version, read it, change it, keep it tidy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from kblam_ray.encoders.base import Encoder, EncoderSpec
+from kblam_ray.encoders.load import encoder_spec, load_encoder
+from kblam_ray.encoders.settings import EncoderSettings
+from kblam_ray.errors import TableError, TableNotFoundError
+from kblam_ray.facts.fact import DEFAULT_IDENTITY, Fact, Identity, content_hash, fact_id, key_text
+from kblam_ray.table.changes import Changes, find_changes
+from kblam_ray.table.compact import RETENTION_H, TARGET_FILE_BYTES, compact
+from kblam_ray.table.given import FactLike, facts_from, identities_from
+from kblam_ray.table.live import find_winners, live_index, read_live
+from kblam_ray.table.log import TableLog, commit_parts, next_updated_at
+from kblam_ray.table.opening import check_location
+from kblam_ray.table.part import PartFile, write_part
+from kblam_ray.table.plan import (
+    CollidingRowsError,
+    WritePlan,
+    collision,
+    index_facts,
+    plan_write,
+    refuse_collisions_with_live,
+)
+from kblam_ray.table.schema import SCHEMA, TableInfo, delete_rows, new_write_id, upsert_rows
+from kblam_ray.table.snapshot import Snapshot, read_snapshot
+from kblam_ray.table.vacuum import vacuum
+
+FACTS_PER_PART = 50_000
+"""Facts in one file of an upsert; an upsert is embedded in memory, so larger inputs are for `jobs/embed_kb.py`."""
+
+EncoderLike = Encoder | EncoderSettings | str
+"""A loaded encoder, or the name or settings to load it with when it is first needed."""
+
+
+class KnowledgeBase:
+    """A handle on one version of a table of embedded facts; see `create` and `open`.
+
+    The handle stays at its version until it writes, or until `refresh`. Opened with a version it is pinned there: it
+    reads that version and does not write.
+    """
+
+    _log: TableLog | None
+    _num_facts: int | None
+
+    def __init__(self, uri: str, info: TableInfo, log: TableLog | None, encoder: EncoderLike, *, pinned: bool) -> None:
+        self.uri = uri
+        self.info = info
+        self.pinned = pinned
+        self._encoder = encoder
+        self._move_to(log)
+
+    @classmethod
+    def create(cls, uri: str, encoder: EncoderLike, *, identity: Identity = DEFAULT_IDENTITY) -> KnowledgeBase:
+        """A knowledge base that does not exist yet; the first facts upserted make version 0. Writes nothing.
+
+        Args:
+            uri: a local path or `s3://bucket/prefix`.
+            encoder: makes all its embeddings, now and later.
+            identity: what tells two facts apart.
+
+        Raises:
+            TableError: there is a table at `uri` already.
+            EncoderNotFoundError: no such encoder.
+        """
+        uri = check_location(uri)
+        log = TableLog.open_if_exists(uri)
+        if log is not None:
+            raise TableError("there is a table already", where=uri, help="open it, or choose another location")
+        spec = encoder.spec if isinstance(encoder, Encoder) else encoder_spec(encoder)
+        return cls(uri, TableInfo(encoder=spec, identity=identity), None, encoder, pinned=False)
+
+    @classmethod
+    def open(cls, uri: str, version: int | None = None, *, encoder: EncoderLike | None = None) -> KnowledgeBase:
+        """Open an existing knowledge base at its newest version, or pinned at `version`.
+
+        Args:
+            encoder: what to embed new facts with; by default the table's encoder is loaded by name when needed.
+
+        Raises:
+            TableNotFoundError: there is no table, or it lacks the version.
+            TableError: the table is not one of ours.
+            EncoderMismatchError: `encoder` is not the table's.
+            StorageError: the store does not answer.
+        """
+        log = TableLog.open(uri, version)
+        if isinstance(encoder, Encoder):
+            log.info.require_same(TableInfo(encoder=encoder.spec, identity=log.info.identity), log.uri)
+        return cls(log.uri, log.info, log, encoder or log.info.encoder.name, pinned=version is not None)
+
+    @property
+    def version(self) -> int | None:
+        """The table version that this handle reads; None before the first facts."""
+        return None if self._log is None else self._log.version
+
+    @property
+    def num_facts(self) -> int:
+        """Live facts of this version."""
+        if self._num_facts is None:
+            self._num_facts = 0 if self._log is None else len(find_winners(self._log).live())
+        return self._num_facts
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """Name, revision and dimension of the encoder of every embedding."""
+        return self.info.encoder
+
+    def refresh(self) -> int | None:
+        """Move to the newest version and return it.
+
+        Raises:
+            TableError: the handle is pinned.
+        """
+        self._refuse_pinned("refresh")
+        self._move_to(self._newest())
+        return self.version
+
+    def snapshot(self, version: int | None = None) -> Snapshot:
+        """Facts and embeddings of `version`, by default this handle's.
+
+        Raises:
+            TableNotFoundError: no such version, or no facts yet.
+        """
+        if version is None:
+            return read_snapshot(self._existing())
+        return read_snapshot(self.uri, version)
+
+    def changes(self, from_version: int, to_version: int) -> Changes:
+        """What turns the live facts of one version into those of another; the other way round for a rollback."""
+        return find_changes(self.uri, from_version, to_version)
+
+    def upsert(self, facts: Iterable[FactLike]) -> int:
+        """Add facts and replace those whose text or metadata changed; only these are embedded.
+
+        Of several rows for one fact the last counts.
+
+        Returns:
+            The version that holds the facts: this one, if nothing changed.
+
+        Raises:
+            BadRowError: an item is not a fact.
+            FactIdCollisionError: two different facts share one id.
+            EncoderError: the encoder failed; nothing was written.
+            StorageError: the store failed; nothing is visible.
+        """
+        self._refuse_pinned("upsert")
+        given = facts_from(facts)
+        self._move_to(self._newest())
+        plan = self._plan(given, self._log)
+        if plan.is_empty:
+            return self._existing().version
+        return self._commit_facts([given[row] for row in plan.written])
+
+    def delete(self, identities: Iterable[FactLike]) -> int:
+        """Delete facts named by (entity, property), or by all three texts in a multi-valued table.
+
+        Facts that are not live are passed over.
+
+        Returns:
+            The version without the facts: this one, if none of them was live.
+
+        Raises:
+            BadRowError: an item does not name a fact.
+            TableNotFoundError: there are no facts yet.
+        """
+        self._refuse_pinned("delete")
+        self._move_to(self._newest())
+        log = self._existing()
+        named = identities_from(identities, self.info.identity)
+        by_id = {fact_id(fact, self.info.identity): fact for fact in named}
+        columns = ["fact_id", "entity", "property", "value"]
+        rows = find_winners(log, fact_ids=np.fromiter(by_id, np.int64, len(by_id))).live().read_sorted(columns)
+        if not len(rows):
+            return log.version
+        refuse_collisions_with_live(list(by_id.values()), [rows], self.info.identity)
+        write_id = new_write_id()
+        deletes = delete_rows(
+            fact_ids=rows["fact_id"],
+            entities=rows["entity"],
+            properties=rows["property"],
+            values=rows["value"] if "value" in self.info.identity.split(",") else None,
+            updated_at=next_updated_at(log),
+            write_id=write_id,
+        )
+        return self._commit([write_part(self.uri, deletes)], write_id)
+
+    def compact(self, *, target_file_bytes: int = TARGET_FILE_BYTES, retention_h: float = RETENTION_H) -> int:
+        """Rewrite small and outdated files as few sorted ones; returns the version that holds the result.
+
+        Reading, snapshots and changes give the same before and after; see `kblam_ray.table.compact`.
+        """
+        self._refuse_pinned("compact")
+        version = compact(self.uri, target_file_bytes=target_file_bytes, retention_h=retention_h)
+        self._move_to(TableLog.open(self.uri, version))
+        return version
+
+    def vacuum(self, retention_h: int = RETENTION_H, *, allow_short: bool = False) -> list[str]:
+        """Remove the files of versions older than `retention_h` hours; see `kblam_ray.table.vacuum`."""
+        self._refuse_pinned("vacuum")
+        removed = vacuum(self.uri, retention_h, allow_short=allow_short)
+        self.refresh()
+        return removed
+
+    def _move_to(self, log: TableLog | None) -> None:
+        self._log = log
+        self._num_facts = None
+
+    def _existing(self) -> TableLog:
+        if self._log is None:
+            raise TableNotFoundError("there is no table yet", where=self.uri, help="upsert the first facts")
+        return self._log
+
+    def _newest(self) -> TableLog | None:
+        log = TableLog.open_if_exists(self.uri)
+        if log is not None:
+            log.info.require_same(self.info, self.uri)
+        return log
+
+    def _refuse_pinned(self, action: str) -> None:
+        if self.pinned:
+            raise TableError(
+                f"cannot {action} through a handle that is pinned at version {self.version}",
+                where=self.uri,
+                help="open the knowledge base without a version to change it",
+            )
+
+    def _plan(self, facts: list[Fact], log: TableLog | None) -> WritePlan:
+        identity = self.info.identity
+        index = index_facts(facts, identity)
+        ids = index["fact_id"].to_numpy()
+        live = live_index(log, fact_ids=ids) if log else _NOTHING_LIVE
+        try:
+            plan = plan_write(index, live, "upsert")
+        except CollidingRowsError as error:
+            first, second = error.rows
+            raise collision(facts[first], facts[second], identity) from None
+        if log and len(plan.changed):
+            rows = read_live(log, columns=["fact_id", "entity", "property", "value"], fact_ids=ids[plan.changed])
+            refuse_collisions_with_live([facts[row] for row in plan.changed], rows, identity)
+        return plan
+
+    def _commit_facts(self, facts: list[Fact]) -> int:
+        texts = [*(key_text(fact.entity, fact.property) for fact in facts), *(fact.value for fact in facts)]
+        row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        embeddings_TP = self._loaded_encoder().encode(list(row_of_text))
+        rows_M2 = np.array([row_of_text[text] for text in texts]).reshape(2, -1).T
+        # Embedding may take long; asking for the time afterwards keeps the span from `updated_at` to commit short.
+        updated_at, write_id = next_updated_at(self.uri), new_write_id()
+        parts = []
+        for start in range(0, len(facts), FACTS_PER_PART):
+            batch, rows_B2 = facts[start : start + FACTS_PER_PART], rows_M2[start : start + FACTS_PER_PART]
+            rows = upsert_rows(
+                fact_ids=[fact_id(fact, self.info.identity) for fact in batch],
+                entities=[fact.entity for fact in batch],
+                properties=[fact.property for fact in batch],
+                values=[fact.value for fact in batch],
+                metadata=[fact.metadata for fact in batch],
+                content_hashes=[content_hash(fact) for fact in batch],
+                key_embeddings_MP=embeddings_TP[rows_B2[:, 0]],
+                value_embeddings_MP=embeddings_TP[rows_B2[:, 1]],
+                updated_at=updated_at,
+                write_id=write_id,
+            )
+            parts.append(write_part(self.uri, rows))
+        return self._commit(parts, write_id)
+
+    def _commit(self, parts: list[PartFile], write_id: str) -> int:
+        version = commit_parts(self.uri, self.info, parts, write_id)
+        self._move_to(TableLog.open(self.uri, version))
+        return version
+
+    def _loaded_encoder(self) -> Encoder:
+        if not isinstance(self._encoder, Encoder):
+            encoder = load_encoder(self._encoder)
+            self.info.require_same(TableInfo(encoder=encoder.spec, identity=self.info.identity), self.uri)
+            self._encoder = encoder
+        return self._encoder
+
+
+_NOTHING_LIVE = pa.schema([SCHEMA.field("fact_id"), SCHEMA.field("content_hash")]).empty_table()
