@@ -14,6 +14,7 @@ from kblam_ray.facts.fact import (
 from kblam_ray.facts.inputs import InputFile, expand_inputs
 from kblam_ray.facts.reading import FactRow, RejectedRow, read_facts
 from kblam_ray.facts.rows import NotAFactError, canonical_metadata, fact_from_row, validate_fact
+from kblam_ray.facts.writing import write_facts, write_rejected
 
 __all__ = [
     "DEFAULT_IDENTITY",
@@ -34,4 +35,6 @@ __all__ = [
     "key_text",
     "read_facts",
     "validate_fact",
+    "write_facts",
+    "write_rejected",
 ]

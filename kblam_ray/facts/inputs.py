@@ -65,12 +65,18 @@ def expand_inputs(paths: Sequence[str]) -> list[InputFile]:
     return [file for path in paths for file in _expand(normalize(path))]
 
 
-def _expand(uri: str) -> list[InputFile]:
+def find_files(uri: str) -> tuple[bool, list[tuple[str, pafs.FileInfo]]]:
+    """Whether `uri` names one file, and the files it means, whatever their endings, sorted by name.
+
+    Raises:
+        InputError: nothing is there.
+        StorageError: the disk or the object store does not answer.
+    """
     with storage_errors(uri):
         store, path = filesystem(uri)
         info = store.get_file_info(path)
         if info.type == pafs.FileType.File:
-            return [_input_file(uri, info)]
+            return True, [(uri, info)]
         if info.type == pafs.FileType.Directory:
             found = _files_below(store, path, recursive=True)
         elif info.type == pafs.FileType.NotFound and (wildcard := re.search(r"[*?[]", path)):
@@ -78,11 +84,16 @@ def _expand(uri: str) -> list[InputFile]:
         else:
             what = "no such file" if info.type == pafs.FileType.NotFound else "neither a file nor a directory"
             raise InputError(what, where=uri, help="check the path; a relative one starts at the working directory")
-    prefix = "s3://" if is_s3(uri) else ""
-    files = [_input_file(prefix + info.path, info) for info in found if format_of(info.path)]
+        prefix = "s3://" if is_s3(uri) else ""
+        return False, sorted(((prefix + info.path, info) for info in found), key=lambda pair: pair[0])
+
+
+def _expand(uri: str) -> list[InputFile]:
+    is_one_file, found = find_files(uri)
+    files = [_input_file(place, info) for place, info in found if is_one_file or format_of(place)]
     if not files:
         raise InputError("no supported file there", where=uri, help=f"files must end in {SUPPORTED}")
-    return sorted(files, key=lambda file: file.uri)
+    return files
 
 
 def _input_file(uri: str, info: pafs.FileInfo) -> InputFile:
@@ -108,7 +119,7 @@ def _glob(store: pafs.FileSystem, pattern: str, wildcard_at: int) -> Iterator[pa
     base = base or "/"
     patterns = PurePosixPath(pattern).relative_to(base).parts
     if store.get_file_info(base).type == pafs.FileType.Directory:
-        for info in _files_below(store, base, recursive=len(patterns) > 1):
+        for info in _files_below(store, base, recursive=len(patterns) > 1 or patterns[0] == "**"):
             if _matches(PurePosixPath(info.path).relative_to(base).parts, patterns):
                 yield info
 
@@ -118,5 +129,5 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     if not patterns:
         return not parts
     if patterns[0] == "**":
-        return any(_matches(parts[depth:], patterns[1:]) for depth in range(len(parts)))
+        return any(_matches(parts[depth:], patterns[1:]) for depth in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])

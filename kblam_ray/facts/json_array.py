@@ -42,15 +42,16 @@ def array_elements(text: TextIO) -> Iterator[tuple[Any, str]]:
         try:
             element, end = JSON_DECODER.raw_decode(window, start)
             after = _skip_space(window, end)
+            # What parsed may go on beyond the window: of a number, cut in two, the first part is a number.
+            complete = window.startswith((",", "]"), after) or after + _LONGEST_TOKEN < len(window)
         except json.JSONDecodeError as error:
             if not _may_be_cut(error, window):
                 reason = f"the array is malformed and cannot be read further: {error.msg}"
                 raise DamagedFileError(reason, window[error.pos : error.pos + EXCERPT_CHARS]) from None
-            after = len(window)
+            complete = False
         except RecursionError:
             raise DamagedFileError("JSON nested too deeply", window[start : start + EXCERPT_CHARS]) from None
-        if after == len(window):
-            # Even a value that parsed may go on: a number, cut in two, is a number.
+        if not complete:
             window = _extend(window[position:], text)
             position = 0
             continue

@@ -121,7 +121,7 @@ def validate_fact(fact: Fact) -> Fact:
     """
     metadata = None
     if fact.metadata is not None:
-        parsed = _object(fact.metadata)
+        parsed = _object(fact.metadata) if isinstance(fact.metadata, str) else None
         if parsed is None:
             raise NotAFactError("`metadata` is not JSON text of an object")
         metadata = canonical_metadata(parsed)

@@ -68,6 +68,23 @@ class _StoreFile(io.RawIOBase):
             return cast(int, self._file.readinto(buffer))
 
 
+class _Unzipped(io.RawIOBase):
+    """A gzip stream as a raw Python file that gives what it has before it meets damage."""
+
+    def __init__(self, zipped: gzip.GzipFile) -> None:
+        self._zipped = zipped
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        # `GzipFile.readinto` would fill the buffer and lose all of it if damage follows.
+        view = memoryview(buffer)
+        data = self._zipped.read1(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def open_bytes(file: InputFile) -> Iterator[io.BufferedReader[Any]]:
     """The bytes of `file`, uncompressed; seekable unless it is compressed.
@@ -83,8 +100,8 @@ def open_bytes(file: InputFile) -> Iterator[io.BufferedReader[Any]]:
         if not file.compressed:
             yield stored
             return
-        unzipped = stack.enter_context(gzip.GzipFile(fileobj=stored, mode="rb"))
-        yield stack.enter_context(io.BufferedReader(cast(io.RawIOBase, unzipped), BUFFER_BYTES))
+        zipped = stack.enter_context(gzip.GzipFile(fileobj=stored, mode="rb"))
+        yield stack.enter_context(io.BufferedReader(_Unzipped(zipped), BUFFER_BYTES))
 
 
 def bounded_lines(readline: Callable[[int], AnyStr]) -> Iterator[AnyStr]:
