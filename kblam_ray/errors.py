@@ -111,3 +111,33 @@ class RayStartError(KblamError):
     """Ray could not be started or its cluster could not be reached."""
 
     code = "ray_unavailable"
+
+
+class ChatError(KblamError):
+    """A chat endpoint did not answer."""
+
+    code = "chat_failed"
+
+
+class ChatAnswerError(ChatError):
+    """A chat model answered, and none of its answers has the form that was asked for."""
+
+    code = "chat_answer_invalid"
+
+
+class ChatAuthenticationError(InputError):
+    """A chat endpoint refused the credentials."""
+
+    code = "chat_unauthorized"
+
+
+class ChatQuotaError(ChatError):
+    """The account of a chat endpoint has no quota left."""
+
+    code = "chat_quota_exhausted"
+
+
+class DocumentError(InputError):
+    """A document cannot be read: damaged, encrypted, empty or in another encoding than it says."""
+
+    code = "bad_document"
