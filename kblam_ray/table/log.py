@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import deltalake
@@ -22,7 +22,7 @@ from kblam_ray import storage
 from kblam_ray.errors import InputError, StorageError, TableError, TableNotFoundError
 from kblam_ray.table.commits import find_write
 from kblam_ray.table.opening import check_location, open_delta, read_info, reason
-from kblam_ray.table.part import PartFile, open_part
+from kblam_ray.table.part import PartFile, is_own_name, open_part
 from kblam_ray.table.schema import SCHEMA, TableInfo
 
 WRITE_WINDOW_H = 144
@@ -36,7 +36,11 @@ _HOUR_US = 3_600_000_000
 
 @dataclass(frozen=True)
 class DataFile:
-    """A Parquet file of one version; ranges are None where another program wrote it without statistics."""
+    """A Parquet file of one version and its ranges; None where another program wrote it without statistics.
+
+    Times are microseconds since 1970. Another program may state them in whole milliseconds, rounded down; the largest
+    is then taken to be the last microsecond of its millisecond.
+    """
 
     path: str
     size_bytes: int
@@ -87,7 +91,7 @@ class TableLog:
             return (values.cast(pa.int64()) if pa.types.is_timestamp(values.type) else values).to_pylist()
 
         names = ("path", "size_bytes", "num_records", "min.fact_id", "max.fact_id", "min.updated_at", "max.updated_at")
-        return [DataFile(*row) for row in zip(*map(column, names), strict=True)]
+        return [_widened(DataFile(*row)) for row in zip(*map(column, names), strict=True)]
 
     def newest_updated_at(self) -> int:
         """The largest `updated_at` of any row, microseconds since 1970; 0 for a table without rows."""
@@ -214,6 +218,12 @@ def _failed(uri: str, failure: Exception | None) -> StorageError:
         where=uri,
         help="the table is as before; run again when the store answers and can be written",
     )
+
+
+def _widened(file: DataFile) -> DataFile:
+    if file.max_updated_at is None or file.max_updated_at % 1_000 or is_own_name(file.path):
+        return file
+    return replace(file, max_updated_at=file.max_updated_at + 999)
 
 
 def _version_of(log: TableLog, write_id: str) -> int:

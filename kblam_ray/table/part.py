@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _COMPRESSION = {name: "none" if name in EMBEDDING_COLUMNS else "zstd" for name i
 
 _DICTIONARY_COLUMNS = ["op", "entity", "property", "value", "updated_at", "write_id"]
 _STATISTICS_COLUMNS = ["fact_id", "op", "updated_at", "write_id"]
+
+
+_OWN_NAME = re.compile(r"part-[0-9a-f]{32}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ def open_part(files: pafs.FileSystem, root: str, path: str) -> pq.ParquetFile:
             raise StorageError(
                 f"a data file is damaged: {error}", where=place, help="restore the file from a backup"
             ) from error
+
+
+def is_own_name(path: str) -> bool:
+    """Whether `write_part` named the file; another program's statistics are less exact."""
+    return _OWN_NAME.fullmatch(path) is not None
 
 
 class PartGoneError(StorageError):
