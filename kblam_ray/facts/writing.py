@@ -13,12 +13,12 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -34,7 +34,7 @@ from kblam_ray.storage import filesystem, is_s3, normalize, storage_errors
 _SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("entity", "property", "value", "metadata")])
 
 _TEXT_BLOCK_CHARS = 1 << 20
-_GROUP_FACTS = 1 << 16
+_GROUP_FACTS = 1 << 15
 _GROUP_CHARS = 1 << 24
 """A Parquet row group ends at the first of the two: what is held in memory."""
 
@@ -63,7 +63,7 @@ def write_facts(facts: Iterable[Fact], uri: str) -> int:
             num_facts += 1
             yield _valid(fact, num_facts)
 
-    with _new_file(uri) as file:
+    with new_file(uri) as file:
         if file_format == "parquet":
             _write_parquet(valid_facts(), file, uri)
         else:
@@ -90,7 +90,7 @@ def write_rejected(rows: Iterable[RejectedRow], uri: str) -> int:
             num_rows += 1
             yield _json(asdict(row)) + "\n"
 
-    with _new_file(uri) as file:
+    with new_file(uri) as file:
         _write_text(lines(), file, uri, compressed=known[1])
     return num_rows
 
@@ -150,7 +150,7 @@ def _write_text(pieces: Iterator[str], file: BinaryIO, uri: str, *, compressed: 
         if compressed:
             # No name and no time inside: the same facts give the same bytes.
             zipped = gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0)
-            file = cast(BinaryIO, stack.enter_context(zipped))
+            file = cast(BinaryIO, stack.enter_context(_closed(zipped, uri)))
         block: list[str] = []
         num_chars = 0
         for piece in pieces:
@@ -162,18 +162,15 @@ def _write_text(pieces: Iterator[str], file: BinaryIO, uri: str, *, compressed: 
                 block, num_chars = [], 0
         with storage_errors(uri):
             file.write("".join(block).encode("utf-8"))
-            stack.close()
 
 
 def _write_parquet(facts: Iterator[Fact], file: BinaryIO, uri: str) -> None:
-    with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+    with _closed(pq.ParquetWriter(file, _SCHEMA, compression="zstd"), uri) as writer:
         for group in _groups(facts):
             columns = zip(*((fact.entity, fact.property, fact.value, fact.metadata) for fact in group), strict=True)
             table = pa.table([pa.array(column, pa.string()) for column in columns], schema=_SCHEMA)
             with storage_errors(uri):
                 writer.write_table(table)
-        with storage_errors(uri):
-            writer.close()
 
 
 def _groups(facts: Iterator[Fact]) -> Iterator[list[Fact]]:
@@ -189,27 +186,47 @@ def _groups(facts: Iterator[Fact]) -> Iterator[list[Fact]]:
         yield group
 
 
+class _Closeable(Protocol):
+    def close(self) -> object: ...
+
+
+_C = TypeVar("_C", bound=_Closeable)
+
+
 @contextmanager
-def _new_file(uri: str) -> Iterator[BinaryIO]:
+def _closed(stream: _C, uri: str) -> Iterator[_C]:
+    """Close at the end; where an error is already on its way, a second one in closing does not take its place."""
+    try:
+        yield stream
+    except BaseException:
+        with suppress(OSError):
+            stream.close()
+        raise
+    with storage_errors(uri):
+        stream.close()
+
+
+@contextmanager
+def new_file(uri: str) -> Iterator[BinaryIO]:
     """A file to write that becomes `uri` when the block ends without an error."""
-    folder = None if is_s3(uri) else Path(uri).parent
+    parent = None if is_s3(uri) else Path(uri).parent
     with ExitStack() as stack:
         with storage_errors(uri):
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
             # A name that begins with a dot: `expand_inputs` passes over it.
-            handle = stack.enter_context(tempfile.TemporaryDirectory(prefix=".kblam-", dir=folder))
-            path = Path(handle) / "new"
-            file = stack.enter_context(path.open("wb"))
-        yield file
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".kblam-", dir=parent))
+            path = Path(folder) / "new"
+            file = path.open("wb")
+        with _closed(file, uri):
+            yield file
+            with storage_errors(uri):
+                file.flush()
+                os.fsync(file.fileno())
         with storage_errors(uri):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
             if is_s3(uri):
                 store, target = filesystem(uri)
-                pafs.copy_files(
-                    str(path), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=store
-                )
+                local = pafs.LocalFileSystem()
+                pafs.copy_files(str(path), target, source_filesystem=local, destination_filesystem=store)
             else:
                 os.replace(path, uri)
