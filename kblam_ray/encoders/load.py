@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kblam_ray.encoders.base import Encoder, EncoderSpec
+from kblam_ray.encoders.remote_models import parse_remote
 from kblam_ray.encoders.settings import EncoderSettings
 from kblam_ray.errors import EncoderMismatchError, InputError
 
@@ -28,11 +29,15 @@ def load_encoder(encoder: str | EncoderSettings, **options: Any) -> Encoder:
         MissingDependencyError: a package that the encoder needs is not installed.
     """
     settings = _settings(encoder, options)
-    dim = _hashing_dim(settings.name)
+    dim, remote = _hashing_dim(settings.name), parse_remote(settings)
     if dim is not None:
         from kblam_ray.encoders.hashing import HashingEncoder
 
         loaded: Encoder = HashingEncoder(dim)
+    elif remote is not None:
+        from kblam_ray.encoders.remote import RemoteEncoder
+
+        loaded = RemoteEncoder(remote, settings)
     else:
         from kblam_ray.encoders.sentence_transformer import load_sentence_transformer
 
@@ -48,11 +53,13 @@ def encoder_spec(encoder: str | EncoderSettings, **options: Any) -> EncoderSpec:
     what is inside. Arguments and errors are those of `load_encoder`.
     """
     settings = _settings(encoder, options)
-    dim = _hashing_dim(settings.name)
+    dim, remote = _hashing_dim(settings.name), parse_remote(settings)
     if dim is not None:
         from kblam_ray.encoders.hashing import hashing_spec
 
         spec = hashing_spec(dim)
+    elif remote is not None:
+        spec = remote.spec
     else:
         from kblam_ray.encoders.sentence_transformer import local_spec
 
@@ -94,5 +101,5 @@ def _check_revision(spec: EncoderSpec, settings: EncoderSettings) -> None:
         raise EncoderMismatchError(
             f"encoder {spec.name} has revision {spec.revision} here, expected is {settings.expected_revision}",
             where=settings.name,
-            help="use the copy of the encoder that the table or adapter was made with, or embed the knowledge base anew",
+            help="use the copy of the encoder that the table or adapter was made with, or embed the facts anew",
         )

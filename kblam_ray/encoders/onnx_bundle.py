@@ -55,6 +55,8 @@ class OnnxBundle:
     def __init__(self, folder: Path, num_threads: int) -> None:
         import onnxruntime
 
+        # Some builds report usage to their maker; an encoder on a company's documents must not.
+        onnxruntime.disable_telemetry_events()
         self.description = BundleDescription.model_validate_json((folder / "bundle.json").read_bytes())
         self.tokenizer = TextTokenizer((folder / "tokenizer.json").read_text("utf-8"), self.description.tokenizer)
         options = onnxruntime.SessionOptions()
