@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from kblam_ray.facts.rows import JSON_DECODER
-from kblam_ray.facts.streams import MAX_ROW_CHARS, DamagedFileError
-
-EXCERPT_CHARS = 200
+from kblam_ray.facts.streams import MAX_ROW_CHARS, RAW_EXCERPT_CHARS, DamagedFileError
 
 _WINDOW_CHARS = 1 << 20
 
@@ -47,26 +45,26 @@ def array_elements(text: TextIO) -> Iterator[tuple[Any, str]]:
         except json.JSONDecodeError as error:
             if not _may_be_cut(error, window):
                 reason = f"the array is malformed and cannot be read further: {error.msg}"
-                raise DamagedFileError(reason, window[error.pos : error.pos + EXCERPT_CHARS]) from None
+                raise DamagedFileError(reason, window[error.pos : error.pos + RAW_EXCERPT_CHARS]) from None
             complete = False
         except RecursionError:
-            raise DamagedFileError("JSON nested too deeply", window[start : start + EXCERPT_CHARS]) from None
+            raise DamagedFileError("JSON nested too deeply", window[start : start + RAW_EXCERPT_CHARS]) from None
         if not complete:
             window = _extend(window[position:], text)
             position = 0
             continue
-        yield element, window[start : min(end, start + EXCERPT_CHARS)]
+        yield element, window[start : min(end, start + RAW_EXCERPT_CHARS)]
         empty = False
         if window[after] == "]":
             break
         if window[after] != ",":
             reason = "the array is malformed and cannot be read further: no comma between two elements"
-            raise DamagedFileError(reason, window[after : after + EXCERPT_CHARS])
+            raise DamagedFileError(reason, window[after : after + RAW_EXCERPT_CHARS])
         position = after + 1
     rest = window[after + 1 :]
     while rest:
         if not rest.isspace():
-            raise DamagedFileError("something follows the end of the array", rest.lstrip()[:EXCERPT_CHARS])
+            raise DamagedFileError("something follows the end of the array", rest.lstrip()[:RAW_EXCERPT_CHARS])
         rest = text.read(_WINDOW_CHARS)
 
 
@@ -82,9 +80,9 @@ def _may_be_cut(error: json.JSONDecodeError, window: str) -> bool:
 
 def _extend(rest: str, text: TextIO) -> str:
     if len(rest) > MAX_ROW_CHARS:
-        raise DamagedFileError(f"an element of more than {MAX_ROW_CHARS:,} characters", rest[:EXCERPT_CHARS])
+        raise DamagedFileError(f"an element of more than {MAX_ROW_CHARS:,} characters", rest[:RAW_EXCERPT_CHARS])
     # Doubling keeps the parsing of one long element linear in its length.
     more = text.read(max(_WINDOW_CHARS, len(rest)))
     if not more:
-        raise DamagedFileError("the array breaks off", rest.lstrip()[:EXCERPT_CHARS])
+        raise DamagedFileError("the array breaks off", rest.lstrip()[:RAW_EXCERPT_CHARS])
     return rest + more

@@ -20,10 +20,7 @@ from kblam_ray.facts.inputs import InputFile
 from kblam_ray.facts.json_array import array_elements
 from kblam_ray.facts.parquet import open_parquet
 from kblam_ray.facts.rows import JSON_DECODER, NotAFactError, Shape, fact_from_row, shape_of
-from kblam_ray.facts.streams import DAMAGED, DamagedFileError, bounded_lines, open_bytes
-
-RAW_EXCERPT_CHARS = 200
-"""How much of a rejected row is kept to recognise it by."""
+from kblam_ray.facts.streams import DAMAGED, RAW_EXCERPT_CHARS, DamagedFileError, bounded_lines, open_bytes
 
 
 class FactRow(NamedTuple):

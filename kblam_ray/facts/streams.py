@@ -27,6 +27,9 @@ BUFFER_BYTES = 1 << 22
 MAX_ROW_CHARS = 1 << 26
 """Longest line or array element: a longer one is a damaged or misnamed file, and would fill the memory."""
 
+RAW_EXCERPT_CHARS = 200
+"""How much of a bad row is kept to recognise it by."""
+
 
 class DamagedFileError(Exception):
     """The rest of a file cannot be read; the message is the reason.

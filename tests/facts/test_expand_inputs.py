@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +167,19 @@ def test_a_store_that_fails_is_not_the_callers_fault(tmp_path: Path, monkeypatch
 def test_input_files_travel() -> None:
     file = InputFile("s3://b/a.csv", "csv", False, 12)
     assert pickle.loads(pickle.dumps(file)) == file
+
+
+def test_an_endpoint_that_is_down(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(StorageError) as caught:
+            expand_inputs([f"{s3_uri}/facts.jsonl"])
+    assert caught.value.where == f"{s3_uri}/facts.jsonl"
+
+
+def test_importing_facts_is_light() -> None:
+    heavy = "torch,ray,transformers,sklearn,openai,deltalake,pandas,boto3"
+    program = f"import sys, kblam_ray.facts; print(*(name for name in '{heavy}'.split(',') if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -440,7 +440,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
         for _ in range(10_000):
             next(rows)
         early = tracemalloc.get_traced_memory()[1]
-        for _ in range(60_000):
+        for _ in range(40_000):
             next(rows)
         late = tracemalloc.get_traced_memory()[1]
     finally:
