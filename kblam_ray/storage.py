@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import pyarrow.fs as pafs
 
@@ -49,7 +49,10 @@ def normalize(uri: str | os.PathLike[str]) -> str:
             raise InputError("an S3 URI without a bucket", where=text, help="write s3://bucket/prefix")
         return text.rstrip("/")
     if text.startswith("file://"):
-        text = urlparse(text).path
+        parsed = urlparse(text)
+        if parsed.netloc not in ("", "localhost"):
+            raise InputError("a file URI of another host", where=text, help="write file:///path, with three slashes")
+        text = unquote(parsed.path)
     elif "://" in text:
         raise InputError(
             "an unsupported storage scheme", where=text, help="use a local path or s3:// (any S3-compatible store)"

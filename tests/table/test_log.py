@@ -213,4 +213,8 @@ def test_files_rewritten_by_another_program_do_not_hide_the_newest_row(uri, num_
 
 def test_info_round_trips_through_the_description(uri):
     commit_upserts(uri, FACTS, NOW)
-    assert TableLog.open(uri).info == INFO == TableInfo.model_validate_json(deltalake.DeltaTable(uri).metadata().description)
+    assert (
+        TableLog.open(uri).info
+        == INFO
+        == TableInfo.model_validate_json(deltalake.DeltaTable(uri).metadata().description)
+    )

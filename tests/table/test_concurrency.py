@@ -1,0 +1,110 @@
+"""Many processes write at the same time: every write becomes exactly one version, no row is lost or doubled."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from fake_encoder import FakeEncoder
+from rows import contents
+
+from kblam_ray import KnowledgeBase
+from kblam_ray.errors import EncoderMismatchError
+from kblam_ray.table.commits import read_commits
+from kblam_ray.table.live import find_winners
+from kblam_ray.table.log import TableLog
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def append(uri: str, writer: int, num_commits: int, start, versions) -> None:
+    """Commit own facts one by one; all writers update one shared fact too. The first to commit creates the table."""
+    kb = KnowledgeBase.create(uri, FakeEncoder())
+    start.wait()  # `create` refuses an existing table: every handle is made before the first commit
+    for number in range(num_commits):
+        facts = [(f"writer {writer}", f"p{number}", "v"), ("shared", "p", f"{writer} {number}")]
+        versions.put((writer, number, kb.upsert(facts)))
+
+
+def compact_repeatedly(uri: str, start, stop) -> None:
+    start.wait()
+    while not stop.is_set():
+        log = TableLog.open_if_exists(uri)
+        if log is not None and len(log.files) > 3:
+            KnowledgeBase.open(uri).compact()
+
+
+def finished(processes: list) -> None:
+    for process in processes:
+        process.join(timeout=240)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+@pytest.mark.parametrize(("num_writers", "num_commits"), [(4, 10), pytest.param(16, 25, marks=pytest.mark.slow)])
+def test_every_append_is_one_version(tmp_path: Path, num_writers: int, num_commits: int):
+    uri = str(tmp_path / "kb")
+    start, versions = SPAWN.Barrier(num_writers), SPAWN.Queue()
+    writers = [
+        SPAWN.Process(target=append, args=(uri, writer, num_commits, start, versions)) for writer in range(num_writers)
+    ]
+    for writer in writers:
+        writer.start()
+    reported = [versions.get(timeout=240) for _ in range(num_writers * num_commits)]
+    finished(writers)
+
+    total = num_writers * num_commits
+    assert sorted(version for *_, version in reported) == list(range(total))
+    log = TableLog.open(uri)
+    assert log.version == total - 1
+    assert all(len(commit.added) == len(commit.write_ids) == 1 for commit in read_commits(uri, range(total)) or [])
+    assert find_winners(log).rows_of_file.tolist() == [2] * total
+    found = contents(KnowledgeBase.open(uri).snapshot())
+    assert found.pop(("shared", "p")) in {f"{writer} {number}" for writer, number, _ in reported}
+    assert found == {(f"writer {writer}", f"p{number}"): "v" for writer, number, _ in reported}
+
+
+def test_compactions_in_the_middle_of_appends(tmp_path: Path):
+    uri = str(tmp_path / "kb")
+    start, stop, versions = SPAWN.Barrier(5), SPAWN.Event(), SPAWN.Queue()
+    writers = [SPAWN.Process(target=append, args=(uri, writer, 8, start, versions)) for writer in range(3)]
+    compactors = [SPAWN.Process(target=compact_repeatedly, args=(uri, start, stop)) for _ in range(2)]
+    for process in [*writers, *compactors]:
+        process.start()
+    reported = [versions.get(timeout=240) for _ in range(24)]
+    stop.set()
+    finished([*writers, *compactors])
+
+    kb = KnowledgeBase.open(uri)
+    assert kb.version >= 24  # 24 appends, and at least one compaction
+    expected = {(f"writer {writer}", f"p{number}"): "v" for writer, number, _ in reported}
+    assert {name: value for name, value in contents(kb.snapshot()).items() if name[0] != "shared"} == expected
+    for writer, number, version in reported:
+        assert (f"writer {writer}", f"p{number}") in contents(kb.snapshot(version))
+    kb.compact()
+    assert find_winners(uri).rows_of_file.tolist() == [25]
+
+
+def create_with(uri: str, revision: str, start, outcomes) -> None:
+    kb = KnowledgeBase.create(uri, FakeEncoder(revision))
+    start.wait()
+    try:
+        kb.upsert([(revision, "p", "v")])
+        outcomes.put((revision, True))
+    except EncoderMismatchError:
+        outcomes.put((revision, False))
+
+
+def test_of_two_creators_with_different_encoders_one_is_refused(tmp_path: Path):
+    uri = str(tmp_path / "kb")
+    start, outcomes = SPAWN.Barrier(2), SPAWN.Queue()
+    creators = [SPAWN.Process(target=create_with, args=(uri, revision, start, outcomes)) for revision in ("r1", "r2")]
+    for creator in creators:
+        creator.start()
+    done = dict(outcomes.get(timeout=120) for _ in creators)
+    finished(creators)
+    assert sorted(done.values()) == [False, True]
+    winner = next(revision for revision, ok in done.items() if ok)
+    kb = KnowledgeBase.open(uri)
+    assert (kb.version, kb.encoder.revision) == (0, winner)
+    assert kb.snapshot().facts["entity"].to_pylist() == [winner]
