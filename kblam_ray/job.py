@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -42,18 +41,21 @@ class _Parser(argparse.ArgumentParser):
 def main(name: str, config_type: type[JobConfig], run: Callable[[Any], dict[str, Any]]) -> NoReturn:
     """Parse, run, print the summary line and exit: 0 done, 2 wrong input, 1 anything else."""
     started = time.monotonic()
-    # A scheduler asks a job to stop with SIGTERM: leave through `finally` blocks as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
+    # The line is JSON in UTF-8 whatever the terminal's locale is.
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     summary: dict[str, Any] = {}
+    outcome: dict[str, Any] = {"ok": True}
+    exit_code = 0
     try:
         summary = run(parse(name, config_type, sys.argv[1:]))
-        exit_code, outcome = 0, {"ok": True}
     except KblamError as error:
         exit_code = error.exit_code
         outcome = {"ok": False, "error": {"code": error.code, "message": str(error)}}
-    except KeyboardInterrupt:
-        exit_code, outcome = 130, {"ok": False, "error": {"code": "interrupted", "message": "interrupted"}}
-    except Exception as error:
+    except KeyboardInterrupt as error:
+        exit_code = 143 if isinstance(error, _Terminated) else 130
+        outcome = {"ok": False, "error": {"code": "interrupted", "message": "stopped before it was done"}}
+    except Exception as error:  # noqa: BLE001 - the summary line must come, whatever happened
         traceback.print_exc()
         exit_code = 1
         outcome = {"ok": False, "error": {"code": "internal", "message": f"{type(error).__name__}: {error}"}}
@@ -64,6 +66,14 @@ def main(name: str, config_type: type[JobConfig], run: Callable[[Any], dict[str,
     sys.stderr.flush()
     print(json.dumps({"job": name, **outcome, "seconds": seconds, **summary}, ensure_ascii=False), flush=True)
     sys.exit(exit_code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, with which a scheduler asks a job to stop: leave through `finally` blocks as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobConfig:

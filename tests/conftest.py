@@ -40,3 +40,15 @@ def s3_uri(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"kb-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One small Ray for all tests that run a pipeline in this process."""
+    import ray
+
+    from kblam_ray.ray_session import start_ray
+
+    start_ray(num_cpus=2)
+    yield
+    ray.shutdown()

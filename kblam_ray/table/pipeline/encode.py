@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,20 +15,18 @@ from tqdm import tqdm
 from kblam_ray.encoders import load_encoder
 from kblam_ray.encoders.base import Encoder, EncoderSpec
 from kblam_ray.errors import EncoderMismatchError
-from kblam_ray.facts.fact import key_text
 from kblam_ray.table.pipeline.reports import reporting, reports
-from kblam_ray.table.pipeline.scan import TASK_CPUS
+from kblam_ray.table.pipeline.scan import TASK_CPUS, Block
 from kblam_ray.table.pipeline.spool import Leftover, read_spool, spool_rows, text_hash, write_spool
-from kblam_ray.table.pipeline.work import UNENCODED, Work
+from kblam_ray.table.pipeline.work import Work
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from ray.data import Dataset
 
     from kblam_ray.encoders import EncoderSettings
 
 ENCODER_CPUS = 0.75
-"""Logical CPUs of an encoder actor. A pool that asks for all CPUs waits forever for the tasks that feed it."""
+"""Logical CPUs of an encoder actor. A pool that asks for all CPUs waits forever for whatever else must run."""
 
 MAX_SPOOL_FILE_BYTES = 6_000_000
 
@@ -99,7 +98,7 @@ def resume_from(leftovers: list[Leftover], work: Work, spool: str, report: Encod
     for copied in reports(copies):
         report.add(copied)
     work = report.place(work)
-    report.texts_resumed = work.num_texts - work.num_unencoded
+    report.texts_resumed = len(work.file_D) - len(work.unencoded())
     return work
 
 
@@ -122,7 +121,7 @@ def _copy_spooled(batch: dict[str, np.ndarray], work_ref: ObjectRef, spool: str)
 
 
 def encode_texts(
-    rows: Dataset,
+    blocks: Sequence[Block],
     work: Work,
     settings: EncoderSettings,
     spec: EncoderSpec,
@@ -133,43 +132,46 @@ def encode_texts(
     """Embed the work's texts that have no embedding yet; returns the work knowing where each one stands.
 
     Args:
-        rows: the scanned input.
+        blocks: the scanned input.
         settings: how a worker loads its encoder; it must turn out to be `spec`.
         spool: URI of this run's spool directory.
         report: what was noticed is added to it.
     """
     import ray
 
-    num_texts = work.num_unencoded
-    if not num_texts:
+    text_ids = work.unencoded()
+    if not len(text_ids):
         return work
-    batch_size = texts_per_batch(num_texts, pool.max_workers, spec.dim)
-    encoded = (
-        rows.map_batches(
-            _texts_to_encode,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"work_ref": ray.put(work)},
-            num_cpus=TASK_CPUS,
-        )
-        .repartition(target_num_rows_per_block=batch_size)
-        .map_batches(
-            _EncodeTexts,
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            fn_constructor_kwargs={"settings": settings, "spec": spec, "spool": spool},
-            compute=ray.data.ActorPoolStrategy(min_size=pool.min_workers, max_size=pool.max_workers),
-            num_cpus=ENCODER_CPUS,
-            num_gpus=pool.gpus_per_worker or None,
-        )
+    batch_size = texts_per_batch(len(text_ids), pool.max_workers, spec.dim)
+    # A batch is a pair of numbers, and workers fetch the texts themselves: so batches have one size, whatever the
+    # blocks' sizes are, and no task has to run beside the pool and compete with it for CPUs.
+    batches = [
+        {"start": start, "stop": min(start + batch_size, len(text_ids))}
+        for start in range(0, len(text_ids), batch_size)
+    ]
+    encoded = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
+        _EncodeTexts,
+        batch_size=1,
+        fn_constructor_kwargs={
+            "blocks": list(blocks),
+            "work_ref": ray.put((work, text_ids)),
+            "settings": settings,
+            "spec": spec,
+            "spool": spool,
+        },
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(pool.min_workers, len(batches)), max_size=min(pool.max_workers, len(batches))
+        ),
+        num_cpus=ENCODER_CPUS,
+        num_gpus=pool.gpus_per_worker or None,
     )
     # On a terminal the bar moves; in a log each update is a line, so there it speaks rarely.
     interval_s = 0.2 if sys.stderr.isatty() else 5.0
-    with tqdm(total=num_texts, desc="embed", unit=" texts", mininterval=interval_s, file=sys.stderr) as bar:
+    with tqdm(total=len(text_ids), desc="embed", unit=" texts", mininterval=interval_s, file=sys.stderr) as bar:
         for batch in reports(encoded):
             report.add(batch)
             bar.update(len(batch.text_ids))
-    report.texts_embedded += num_texts
+    report.texts_embedded += len(text_ids)
     return report.place(work)
 
 
@@ -179,44 +181,32 @@ def texts_per_batch(num_texts: int, num_workers: int, dim: int) -> int:
     return max(32, min(share, MAX_SPOOL_FILE_BYTES // (2 * dim)))
 
 
-def _texts_to_encode(batch: pa.Table, work_ref: ObjectRef) -> pa.Table:
-    """The texts that the batch's rows own and that have no embedding yet."""
-    import ray
-
-    work: Work = ray.get(work_ref)
-    at, rows_W = work.rows_of(batch["seq"].to_numpy())
-    facts = batch.select(["entity", "property", "value"]).take(at).to_pylist()
-    text_ids_B2 = work.text_ids_W2[rows_W]
-    needed_B2 = work.owners_W2[rows_W] & (work.file_D[text_ids_B2] == UNENCODED)
-    texts = [
-        facts[row]["value"] if column else key_text(facts[row]["entity"], facts[row]["property"])
-        for row, column in zip(*np.nonzero(needed_B2), strict=True)
-    ]
-    return pa.table({"text_id": text_ids_B2[needed_B2], "text": pa.array(texts, pa.string())})
-
-
 class _EncodeTexts:
     """One encoder in one actor: a batch of texts in, one spool file out."""
 
-    def __init__(self, settings: EncoderSettings, spec: EncoderSpec, spool: str) -> None:
-        self.settings, self.spec, self.spool = settings, spec, spool
+    def __init__(
+        self, blocks: list[Block], work_ref: ObjectRef, settings: EncoderSettings, spec: EncoderSpec, spool: str
+    ) -> None:
+        import ray
+
+        self.blocks, self.settings, self.spec, self.spool = blocks, settings, spec, spool
+        self.work, self.text_ids = ray.get(work_ref)
         self.encoder: Encoder | None = None
 
     @reporting
-    def __call__(self, batch: pa.Table) -> Spooled | None:
+    def __call__(self, batch: dict[str, np.ndarray]) -> Spooled:
         # Loaded here and not on construction: an encoder that cannot be had is reported, an actor that cannot
         # be constructed is tried again and again.
         if self.encoder is None:
             self.encoder = load_encoder(self.settings)
             self._require_revision(self.encoder.spec)
-        texts = batch["text"].to_pylist()
-        if not texts:
-            return None
+        text_ids = self.text_ids[batch["start"][0] : batch["stop"][0]]
+        texts = self.work.texts(self.blocks, text_ids)
         encoded = self.encoder.encode_batch(texts)
         rows = spool_rows([text_hash(text) for text in texts], encoded)
         return Spooled(
             file=write_spool(self.spool, rows),
-            text_ids=batch["text_id"].to_numpy(),
+            text_ids=text_ids,
             num_truncated=len(encoded.truncated),
             num_unknown=len(encoded.unknown),
             truncated_example=texts[encoded.truncated[0]] if encoded.truncated else None,

@@ -30,7 +30,7 @@ from kblam_ray.facts.fact import DEFAULT_IDENTITY, Identity
 from kblam_ray.job import JobConfig
 from kblam_ray.ray_session import start_ray
 from kblam_ray.table.live import live_index, read_live
-from kblam_ray.table.log import TableLog, commit_parts, find_log, next_updated_at
+from kblam_ray.table.log import TableLog, commit_parts, next_updated_at
 from kblam_ray.table.part import PartFile, write_part
 from kblam_ray.table.pipeline import spool
 from kblam_ray.table.pipeline.ambiguity import find_ambiguous_keys
@@ -80,7 +80,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     """
     kb_uri = storage.normalize(settings.kb)
     files = expand_inputs(settings.input)
-    log = find_log(kb_uri)
+    log = TableLog.open_if_exists(kb_uri)
     encoder_settings, info = _agree_on_encoder(settings, log)
     start_ray()
     return _run(settings, kb_uri, Scan(files, info.identity), log, encoder_settings, info)
@@ -195,10 +195,10 @@ def _write(
     if len(plan.written):
         work = plan_work(scan.index, plan.written)
         work = resume_from(leftovers, work, own_spool, report)
-        work = encode_texts(scan.rows, work, encoder_settings, info.encoder, _pool(settings), own_spool, report)
-    stamp = Stamp(updated_at=next_updated_at(find_log(kb_uri)), write_id=run_id)
+        work = encode_texts(scan.blocks, work, encoder_settings, info.encoder, _pool(settings), own_spool, report)
+    stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=run_id)
     if work is not None:
-        written = write_facts_to_parts(scan.rows, work, kb_uri, dim, stamp)
+        written = write_facts_to_parts(scan.blocks, work, kb_uri, dim, stamp)
     parts = [*written.parts, *_delete_parts(kb_uri, version, plan, stamp)]
     new_version = commit_parts(kb_uri, info, parts, run_id)
     spool.remove_spool(own_spool)

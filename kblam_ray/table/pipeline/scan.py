@@ -1,6 +1,6 @@
 """Read the input files on the workers: parsed facts with their hashes, in blocks of Ray's object store.
 
-The texts stay in the object store (which spills to disk), and the driver sees only the index: 40 bytes
+The texts stay in the object store (which spills to disk), and the driver keeps only the index: 76 bytes
 per row. Rejected rows travel as data beside the facts, so that a worker never raises for the input's sake
 and the driver decides what a bad row means.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,6 @@ from kblam_ray.facts import InputFile, RejectedRow, read_facts
 from kblam_ray.facts.fact import Fact, Identity, key_text
 from kblam_ray.table.pipeline.spool import text_hash
 from kblam_ray.table.plan import INDEX_SCHEMA, index_facts
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
 
 SCANNED_SCHEMA = pa.schema(
     [
@@ -40,26 +37,44 @@ SCANNED_SCHEMA = pa.schema(
 )
 """A row of input. `seq` is its place in the whole input; `rejected` is JSON and excludes all but `seq`."""
 
+INDEXED_SCHEMA = pa.schema(
+    [
+        *(SCANNED_SCHEMA.field(name) for name in ("seq", *INDEX_SCHEMA.names, "key_hash", "value_hash")),
+        ("block", pa.int32()),
+        ("row", pa.int32()),
+    ]
+)
+
 FILE_SHIFT = 40
 """`seq` is the file's number shifted left by this, plus the row's number in the file."""
 
 ROWS_PER_CHUNK = 4_096
 CHARS_PER_CHUNK = 16_000_000
 BLOCK_BYTES = 16_000_000
-TASK_CPUS = 0.2
-"""Logical CPUs of a reading or selecting task: small, so that it fits beside a full pool of encoders."""
+TASK_CPUS = 0.5
+"""Logical CPUs of a task that reads or writes: it waits for disk and store half of the time."""
+
+
+Block = Any
+"""An ObjectRef of a table of SCANNED_SCHEMA."""
 
 
 class Scan:
-    """The parsed input: a dataset of SCANNED_SCHEMA in the object store, and its index in this process."""
+    """The parsed input: blocks in the object store, and in this process where each fact stands and its hashes.
+
+    Attributes:
+        blocks: the rows, as tables of SCANNED_SCHEMA.
+        index: the facts in input order: INDEX_SCHEMA, the hashes of both texts, `block` and `row` in that block.
+        num_rejected: rows that are no facts.
+    """
 
     def __init__(self, files: Sequence[InputFile], identity: Identity) -> None:
         import ray
 
-        # Ray's blocks of 128 MB would leave most workers idle behind one large file.
+        # Ray's usual blocks of 128 MB would put all of a large file into the hands of one worker.
         ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
         items = [{"file": number} for number in range(len(files))]
-        self.rows: Dataset = (
+        rows = (
             ray.data.from_items(items, override_num_blocks=len(items))
             .map_batches(
                 _scan_file,
@@ -70,19 +85,20 @@ class Scan:
             )
             .materialize()
         )
-        columns = ["seq", "fact_id", "content_hash", "identity_hash", "key_hash", "value_hash"]
-        index, num_rejected = [], 0
-        for batch in self.rows.select_columns([*columns, "rejected"]).iter_batches(
-            batch_size=None, batch_format="pyarrow"
-        ):
-            is_fact = pc.is_null(batch["rejected"])
-            num_rejected += len(batch) - pc.sum(is_fact).as_py()
-            index.append(batch.select(columns).filter(is_fact))
-        schema = pa.schema([SCANNED_SCHEMA.field(name) for name in columns])
-        table = pa.concat_tables([schema.empty_table(), *index])
-        order = np.argsort(table["seq"].to_numpy(), kind="stable")
-        self.index: pa.Table = table.take(order)
-        self.num_rejected = num_rejected
+        self._rows = rows  # keeps the blocks alive
+        self.blocks: list[Block] = rows.to_arrow_refs()
+        self.num_rejected = 0
+        index = [INDEXED_SCHEMA.empty_table()]
+        for number, ref in enumerate(self.blocks):
+            block = ray.get(ref)
+            is_fact = pc.is_null(block["rejected"])
+            row = np.flatnonzero(is_fact.to_numpy()).astype(np.int32)
+            self.num_rejected += len(block) - len(row)
+            facts = block.select(INDEXED_SCHEMA.names[:-2]).filter(is_fact)
+            columns = [*facts.columns, np.full(len(row), number, np.int32), row]
+            index.append(pa.table(columns, schema=INDEXED_SCHEMA))
+        table = pa.concat_tables(index)
+        self.index: pa.Table = table.take(np.argsort(table["seq"].to_numpy(), kind="stable"))
 
     @property
     def num_rows(self) -> int:
@@ -95,22 +111,20 @@ class Scan:
             yield row
 
     def _rejected(self) -> Iterator[tuple[int, RejectedRow]]:
-        for batch in self.rows.select_columns(["seq", "rejected"]).iter_batches(
-            batch_size=None, batch_format="pyarrow"
-        ):
-            bad = batch.filter(pc.is_valid(batch["rejected"]))
+        import ray
+
+        for ref in self.blocks:
+            block = ray.get(ref).select(["seq", "rejected"])
+            bad = block.filter(pc.is_valid(block["rejected"]))
             for seq, text in zip(bad["seq"].to_pylist(), bad["rejected"].to_pylist(), strict=True):
                 yield seq, RejectedRow(**json.loads(text))
 
     def facts_at(self, rows: np.ndarray) -> list[Fact]:
         """The facts at row numbers of the index, in that order."""
-        seqs = self.index["seq"].take(rows)
-        found: dict[int, Fact] = {}
-        wanted = self.rows.map_batches(_pick, batch_format="pyarrow", fn_kwargs={"seqs": seqs}, num_cpus=TASK_CPUS)
-        for row in wanted.iter_rows():
-            seq = row.pop("seq")
-            found[seq] = Fact(**row)
-        return [found[seq] for seq in seqs.to_pylist()]
+        places = self.index.select(["block", "row"]).take(rows)
+        columns = ["entity", "property", "value", "metadata"]
+        found = fetch_rows(self.blocks, places["block"].to_numpy(), places["row"].to_numpy(), columns)
+        return [Fact(**row) for row in found.to_pylist()]
 
     def refuse_rejected(self, on_error: str) -> None:
         """Raise for the first rejected row, unless bad rows are to be skipped; damage that ends a file always.
@@ -131,9 +145,19 @@ class Scan:
             raise BadRowError(error.what + more, where=error.where, help=error.help)
 
 
-def _pick(batch: pa.Table, seqs: pa.ChunkedArray) -> pa.Table:
-    columns = ["seq", "entity", "property", "value", "metadata"]
-    return batch.select(columns).filter(pc.is_in(batch["seq"], value_set=seqs.combine_chunks()))
+def fetch_rows(blocks: Sequence[Block], block_B: np.ndarray, row_B: np.ndarray, columns: list[str]) -> pa.Table:
+    """Rows of the scan by block and row, in the order asked for; one block at a time is mapped, none is copied."""
+    import ray
+
+    order_B = np.argsort(block_B, kind="stable")
+    numbers, starts = np.unique(block_B[order_B], return_index=True)
+    parts = [
+        ray.get(blocks[number]).select(columns).take(row_B[at])
+        for number, at in zip(numbers, np.split(order_B, starts[1:]), strict=True)
+    ]
+    inverse_B = np.empty_like(order_B)
+    inverse_B[order_B] = np.arange(len(order_B))
+    return pa.concat_tables(parts).take(inverse_B)
 
 
 def _scan_file(batch: pa.Table, files: Sequence[InputFile], identity: Identity) -> Iterator[pa.Table]:

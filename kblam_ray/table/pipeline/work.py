@@ -1,89 +1,97 @@
-"""Which rows a run writes and which distinct texts it needs, as arrays that every worker can share.
+"""Which facts a run writes and which distinct texts it needs, as arrays that every worker can share.
 
-Texts are numbered in the order of their first use, so the texts of neighbouring facts stand in few spool
-files, and each has one owner: the row that hands it to the encoder.
+Texts are numbered in the order of their first use, so the texts of neighbouring facts stand in few blocks and
+few spool files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kblam_ray.facts.fact import key_text
+from kblam_ray.table.pipeline.scan import Block, fetch_rows
+
 UNENCODED = -1
 
 
 @dataclass(frozen=True)
 class Work:
-    """The rows to write (W of them, ascending by `seq`) and their texts (D distinct ones).
+    """The W facts to write, in input order, and their D distinct texts.
 
     Attributes:
-        seqs_W: int64, the rows' places in the input.
-        text_ids_W2: int64 [W, 2], the numbers of each row's key text and value text.
-        owners_W2: bool [W, 2], whether this row is the first to use the text.
+        block_W, row_W: int32, where each fact stands in the scan.
+        text_ids_W2: int64 [W, 2], the numbers of each fact's key text and value text.
+        owner_D: int64, where each text is used first, as a position in the flattened text_ids_W2.
         hashes_D: 16-byte hash of each text.
-        file_D, row_D: where each text's embedding stands in the spool; UNENCODED until it does.
+        file_D, place_D: int32, where each text's embedding stands: spool file and row; UNENCODED until it does.
         files: URIs of the spool files.
     """
 
-    seqs_W: np.ndarray
+    block_W: np.ndarray
+    row_W: np.ndarray
     text_ids_W2: np.ndarray
-    owners_W2: np.ndarray
+    owner_D: np.ndarray
     hashes_D: pa.Array
     file_D: np.ndarray
-    row_D: np.ndarray
+    place_D: np.ndarray
     files: tuple[str, ...] = ()
 
     @property
-    def num_texts(self) -> int:
-        return len(self.file_D)
+    def num_facts(self) -> int:
+        return len(self.block_W)
 
-    @property
-    def num_unencoded(self) -> int:
-        return int((self.file_D == UNENCODED).sum())
+    def unencoded(self) -> np.ndarray:
+        """The numbers of the texts that have no embedding yet, ascending."""
+        return np.flatnonzero(self.file_D == UNENCODED)
 
-    def rows_of(self, seqs_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For a batch of the scan: which of its rows are to be written, and their numbers in W."""
-        at_B = np.searchsorted(self.seqs_W, seqs_B)
-        at_B[at_B == len(self.seqs_W)] = 0
-        is_written_B = self.seqs_W[at_B] == seqs_B
-        return np.flatnonzero(is_written_B), at_B[is_written_B]
+    def texts(self, blocks: Sequence[Block], text_ids_B: np.ndarray) -> list[str]:
+        """The texts of the given numbers, read from the facts that use them first."""
+        owner_B = self.owner_D[text_ids_B]
+        rows_B = owner_B // 2
+        facts = fetch_rows(blocks, self.block_W[rows_B], self.row_W[rows_B], ["entity", "property", "value"])
+        is_value_B = (owner_B % 2).astype(bool).tolist()
+        return [
+            fact["value"] if is_value else key_text(fact["entity"], fact["property"])
+            for fact, is_value in zip(facts.to_pylist(), is_value_B, strict=True)
+        ]
 
     def placed(self, files: list[str], text_ids: list[np.ndarray]) -> Work:
         """The same work, knowing that spool file `files[i]` holds the texts `text_ids[i]` in that order.
 
         A text may stand in several files (a worker that was killed after writing ran again): one place is kept.
         """
-        file_D, row_D = self.file_D.copy(), self.row_D.copy()
+        file_D, place_D = self.file_D.copy(), self.place_D.copy()
         for number, ids in enumerate(text_ids):
             file_D[ids] = number
-            row_D[ids] = np.arange(len(ids))
-        return replace(self, file_D=file_D, row_D=row_D, files=tuple(files))
+            place_D[ids] = np.arange(len(ids))
+        return replace(self, file_D=file_D, place_D=place_D, files=tuple(files))
 
 
 def plan_work(index: pa.Table, written: np.ndarray) -> Work:
-    """Number the distinct texts of the rows to write.
+    """Number the distinct texts of the facts to write.
 
     Args:
-        index: the scan's index, with `seq`, `key_hash` and `value_hash`.
+        index: the scan's index.
         written: row numbers into the index, ascending and at least one.
     """
-    rows = index.select(["seq", "key_hash", "value_hash"]).take(written)
-    both = pa.concat_arrays([*rows["key_hash"].chunks, *rows["value_hash"].chunks])
-    # Interleaved, key before value: texts then get their numbers in the order in which rows use them.
-    interleaved = both.take(np.arange(2 * len(rows)).reshape(2, -1).T.ravel())
+    facts = index.select(["key_hash", "value_hash", "block", "row"]).take(written)
+    both = pa.concat_arrays([*facts["key_hash"].chunks, *facts["value_hash"].chunks])
+    # Interleaved, key before value: texts then get their numbers in the order in which facts use them.
+    interleaved = both.take(np.arange(2 * len(facts)).reshape(2, -1).T.ravel())
     encoded = pc.dictionary_encode(interleaved)
-    text_ids_W2 = encoded.indices.to_numpy().astype(np.int64).reshape(-1, 2)
-    owners_W2 = np.zeros(text_ids_W2.size, bool)
-    owners_W2[np.unique(text_ids_W2, return_index=True)[1]] = True
+    text_ids = encoded.indices.to_numpy().astype(np.int64)
     num_texts = len(encoded.dictionary)
     return Work(
-        seqs_W=rows["seq"].to_numpy(),
-        text_ids_W2=text_ids_W2,
-        owners_W2=owners_W2.reshape(-1, 2),
+        block_W=facts["block"].to_numpy(),
+        row_W=facts["row"].to_numpy(),
+        text_ids_W2=text_ids.reshape(-1, 2),
+        owner_D=np.unique(text_ids, return_index=True)[1],
         hashes_D=encoded.dictionary,
         file_D=np.full(num_texts, UNENCODED, np.int32),
-        row_D=np.full(num_texts, UNENCODED, np.int32),
+        place_D=np.full(num_texts, UNENCODED, np.int32),
     )

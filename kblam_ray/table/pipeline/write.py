@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,18 @@ import pyarrow as pa
 from kblam_ray.facts.fact import Fact, fact_id
 from kblam_ray.table.part import PartFile, write_part
 from kblam_ray.table.pipeline.reports import reporting, reports
-from kblam_ray.table.pipeline.scan import TASK_CPUS
+from kblam_ray.table.pipeline.scan import TASK_CPUS, Block, fetch_rows
 from kblam_ray.table.pipeline.spool import read_vectors
 from kblam_ray.table.pipeline.work import Work
 from kblam_ray.table.schema import upsert_rows
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from ray.data import Dataset
 
 PART_EMBEDDING_BYTES = 64_000_000
 """Embeddings in one Parquet file; a worker holds about four times as much while it writes one."""
 
-WRITER_CPUS = 0.5
-
-FACT_COLUMNS = ["seq", "fact_id", "entity", "property", "value", "metadata", "content_hash"]
+FACT_COLUMNS = ["fact_id", "entity", "property", "value", "metadata", "content_hash"]
 
 
 @dataclass(frozen=True)
@@ -54,28 +52,26 @@ class WrittenFacts:
 NO_FACTS = WrittenFacts([], np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
 
 
-def write_facts_to_parts(rows: Dataset, work: Work, kb_uri: str, dim: int, stamp: Stamp) -> WrittenFacts:
-    """Write every row of the work, with its two embeddings, as Parquet files under the table."""
+def write_facts_to_parts(blocks: Sequence[Block], work: Work, kb_uri: str, dim: int, stamp: Stamp) -> WrittenFacts:
+    """Write every fact of the work, with its two embeddings, as Parquet files under the table."""
     import ray
 
-    work_ref = ray.put(work)
     rows_per_part = max(1, PART_EMBEDDING_BYTES // (4 * dim))
-    written = (
-        rows.map_batches(
-            _select_written,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"work_ref": work_ref},
-            num_cpus=TASK_CPUS,
-        )
-        .repartition(target_num_rows_per_block=rows_per_part)
-        .map_batches(
-            _write_one_part,
-            batch_size=rows_per_part,
-            batch_format="pyarrow",
-            fn_kwargs={"work_ref": work_ref, "kb_uri": kb_uri, "dim": dim, "stamp": stamp},
-            num_cpus=WRITER_CPUS,
-        )
+    ranges = [
+        {"start": start, "stop": min(start + rows_per_part, work.num_facts)}
+        for start in range(0, work.num_facts, rows_per_part)
+    ]
+    written = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
+        _write_one_part,
+        batch_size=1,
+        fn_kwargs={
+            "blocks": list(blocks),
+            "work_ref": ray.put(work),
+            "kb_uri": kb_uri,
+            "dim": dim,
+            "stamp": stamp,
+        },
+        num_cpus=TASK_CPUS,
     )
     found = [NO_FACTS, *reports(written)]
     return WrittenFacts(
@@ -86,36 +82,30 @@ def write_facts_to_parts(rows: Dataset, work: Work, kb_uri: str, dim: int, stamp
     )
 
 
-def _select_written(batch: pa.Table, work_ref: ObjectRef) -> pa.Table:
-    import ray
-
-    at, _ = ray.get(work_ref).rows_of(batch["seq"].to_numpy())
-    return batch.select(FACT_COLUMNS).take(at)
-
-
 @reporting
-def _write_one_part(batch: pa.Table, work_ref: ObjectRef, kb_uri: str, dim: int, stamp: Stamp) -> WrittenFacts | None:
+def _write_one_part(
+    batch: dict[str, np.ndarray], blocks: list[Block], work_ref: ObjectRef, kb_uri: str, dim: int, stamp: Stamp
+) -> WrittenFacts:
     import ray
 
-    if not len(batch):
-        return None
     work: Work = ray.get(work_ref)
-    _, rows_W = work.rows_of(batch["seq"].to_numpy())
-    keys_BP, values_BP = gather_embeddings(work, work.text_ids_W2[rows_W], dim)
-    fact_ids = batch["fact_id"].to_numpy()
+    part = slice(int(batch["start"][0]), int(batch["stop"][0]))
+    facts = fetch_rows(blocks, work.block_W[part], work.row_W[part], FACT_COLUMNS)
+    keys_BP, values_BP = gather_embeddings(work, work.text_ids_W2[part], dim)
+    fact_ids = facts["fact_id"].to_numpy()
     rows = upsert_rows(
         fact_ids=fact_ids,
-        entities=batch["entity"],
-        properties=batch["property"],
-        values=batch["value"],
-        metadata=batch["metadata"],
-        content_hashes=[content.hex() for content in batch["content_hash"].to_pylist()],
+        entities=facts["entity"],
+        properties=facts["property"],
+        values=facts["value"],
+        metadata=facts["metadata"],
+        content_hashes=[content.hex() for content in facts["content_hash"].to_pylist()],
         key_embeddings_MP=keys_BP,
         value_embeddings_MP=values_BP,
         updated_at=stamp.updated_at,
         write_id=stamp.write_id,
     )
-    return WrittenFacts([write_part(kb_uri, rows)], fact_ids, key_ids(batch), key_digests(keys_BP))
+    return WrittenFacts([write_part(kb_uri, rows)], fact_ids, key_ids(facts), key_digests(keys_BP))
 
 
 def gather_embeddings(work: Work, text_ids_B2: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +113,7 @@ def gather_embeddings(work: Work, text_ids_B2: np.ndarray, dim: int) -> tuple[np
     ids, inverse = np.unique(text_ids_B2, return_inverse=True)
     inverse_B2 = inverse.reshape(text_ids_B2.shape)
     vectors_UP = np.empty((len(ids), dim), np.float16)
-    files_U, rows_U = work.file_D[ids], work.row_D[ids]
+    files_U, rows_U = work.file_D[ids], work.place_D[ids]
     for number in np.unique(files_U):
         at = np.flatnonzero(files_U == number)
         vectors_UP[at] = read_vectors(work.files[number], dim)[rows_U[at]]
