@@ -22,7 +22,7 @@ def open_parquet(stream: BinaryIO) -> tuple[list[str], Iterator[dict[str, Any]]]
 
     Raises:
         DamagedFileError: a column has a type that neither is text nor has a JSON form (bytes, durations).
-        pyarrow.ArrowInvalid, OSError: not a Parquet file, or damaged; the rows raise the same.
+        pyarrow.ArrowException, OSError: not a Parquet file, or damaged; the rows raise the same.
     """
     # Without a buffer size, a whole row group is held compressed and decompressed.
     file = pq.ParquetFile(stream, buffer_size=_PAGE_BUFFER_BYTES, pre_buffer=False)
@@ -37,14 +37,17 @@ def open_parquet(stream: BinaryIO) -> tuple[list[str], Iterator[dict[str, Any]]]
 def _rows(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
     names = file.schema_arrow.names
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
-        columns = [_python_values(column) for column in batch.columns]
+        columns = [_python_values(column, name) for column, name in zip(batch.columns, names, strict=True)]
         for values in zip(*columns, strict=True):
             yield dict(zip(names, values, strict=True))
 
 
-def _python_values(column: pa.Array) -> list[Any]:
+def _python_values(column: pa.Array, name: str) -> list[Any]:
     if not (pa.types.is_timestamp(column.type) and column.type.unit == "ns"):
-        return column.to_pylist()
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            return _broken_texts(column, name)
     # pyarrow gives pandas timestamps, or an error without pandas: split off what a datetime cannot hold instead.
     counts = column.cast(pa.int64()).to_pylist()
     micros = pa.array([count if count is None else count // 1_000 for count in counts], pa.int64())
@@ -53,6 +56,16 @@ def _python_values(column: pa.Array) -> list[Any]:
         _iso_nanoseconds(time, count) if count and count % 1_000 else time
         for time, count in zip(times, counts, strict=True)
     ]
+
+
+def _broken_texts(column: pa.Array, name: str) -> list[str | None]:
+    """The texts of a column that are not all UTF-8, with half surrogate pairs for the bytes that are not."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_nested(column.type):
+        raise DamagedFileError(f"the column `{name}` of type {column.type} holds text that is not UTF-8")
+    texts = column.cast(pa.large_binary()).to_pylist()
+    return [text if text is None else text.decode("utf-8", "surrogateescape") for text in texts]
 
 
 def _iso_nanoseconds(time: datetime, count: int) -> str:

@@ -44,7 +44,7 @@ class DamagedFileError(Exception):
         self.raw, self.line = raw, line
 
 
-DAMAGED = (OSError, EOFError, zlib.error, pa.ArrowInvalid)
+DAMAGED = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)
 """What decompressing or parsing damaged bytes raises."""
 
 

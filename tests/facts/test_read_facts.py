@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kblam_ray.errors import BadRowError, StorageError
@@ -359,6 +359,35 @@ def test_parquet_metadata_types(tmp_path: Path) -> None:
     assert places(rows)[2:] == [(3, "`entity` is null, not text"), (4, "`value` is empty")]
 
 
+@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_text_that_is_not_utf8_costs_its_own_row(tmp_path: Path, type: pa.DataType) -> None:
+    texts = pa.array([b"a", b"caf\xe9", b"c", None], pa.binary())
+    size = pa.large_string() if type == pa.large_string() else pa.string()
+    texts = texts.cast(pa.large_binary() if type == pa.large_string() else pa.binary())
+    texts = pa.Array.from_buffers(size, len(texts), texts.buffers())
+    if pa.types.is_dictionary(type):
+        texts = texts.dictionary_encode()
+    rows = read(tmp_path / "a.parquet", parquet_bytes(entity=texts, property=["b"] * 4, value=["c"] * 4))
+    assert places(rows) == [
+        (1, "a"),
+        (2, "`entity` is not valid Unicode at character 4: a byte that is not UTF-8, or half of a surrogate pair"),
+        (3, "c"),
+        (4, "`entity` is null, not text"),
+    ]
+    assert isinstance(rows[1], RejectedRow)
+    assert rows[1].raw == "{'entity': 'caf\\udce9', 'property': 'b', 'value': 'c'}"
+
+
+def test_parquet_lists_of_text_that_is_not_utf8(tmp_path: Path) -> None:
+    texts = pa.array([b"caf\xe9"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 1, texts.buffers())
+    tags = pa.ListArray.from_arrays([0, 1], texts)
+    (row,) = read(tmp_path / "a.parquet", parquet_bytes(entity=["a"], property=["b"], value=["c"], tags=tags))
+    assert isinstance(row, RejectedRow)
+    assert row.fatal
+    assert "`tags` of type list<" in row.reason
+
+
 def test_big_numbers_stay_exact_in_every_json(tmp_path: Path) -> None:
     row = '{"entity": "a", "property": "b", "value": "c", "n": 123456789012345678901234567890, "f": 1.50}'
     expected = '{"f":1.5,"n":123456789012345678901234567890}'
@@ -399,6 +428,23 @@ def test_no_bytes_make_the_reader_raise(tmp_path_factory: pytest.TempPathFactory
         rows = list(read_facts(file))
         assert all(not row.fatal for row in rows[:-1] if isinstance(row, RejectedRow))
         assert [row.line for row in rows] == sorted(row.line for row in rows)
+
+
+PARQUET = parquet_bytes(entity=["a", "é"] * 40, property=["b"] * 80, value=["c"] * 80, tags=[["x", None]] * 80)
+
+
+# The same examples each time: Parquet's own reader is not ours to search for crashes.
+@settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.integers(0, len(PARQUET) - 1), st.integers(0, 255), min_size=1, max_size=20))
+def test_no_damage_to_parquet_makes_the_reader_raise(tmp_path: Path, changes: dict[int, int]) -> None:
+    data = bytearray(PARQUET)
+    for place, byte in changes.items():
+        data[place] = byte
+    rows = read(tmp_path / "a.parquet", bytes(data))
+    assert all(not row.fatal for row in rows[:-1] if isinstance(row, RejectedRow))
+    if len(rows) < 80:
+        assert isinstance(rows[-1], RejectedRow)
+        assert rows[-1].fatal
 
 
 def expand_format(name: str) -> tuple[Any, bool]:
