@@ -55,9 +55,10 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
                     object_store_memory=object_store_bytes,
                     **quiet,
                 )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        # Ray raises a bare Exception when its node does not come up in 30 s, as happens on a busy machine.
+        except Exception as error:
             raise RayStartError(
-                f"Ray does not start: {str(error).splitlines()[0]}",
+                f"Ray does not start: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
                 where=f"RAY_ADDRESS={address}" if address else "local Ray",
                 help="unset RAY_ADDRESS to run on this machine alone, or check the cluster with `ray status`",
             ) from error
