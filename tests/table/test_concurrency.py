@@ -37,11 +37,14 @@ def compact_repeatedly(uri: str, start, stop) -> None:
 
 def finished(processes: list) -> None:
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout=600)
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
-@pytest.mark.parametrize(("num_writers", "num_commits"), [(4, 10), pytest.param(16, 25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_writers", "num_commits"),
+    [(4, 10), pytest.param(16, 25, marks=[pytest.mark.slow, pytest.mark.timeout(1_200)])],
+)
 def test_every_append_is_one_version(tmp_path: Path, num_writers: int, num_commits: int):
     uri = str(tmp_path / "kb")
     start, versions = SPAWN.Barrier(num_writers), SPAWN.Queue()
