@@ -85,7 +85,7 @@ def one_line(text: str) -> str:
 
 # `key: value` lines
 
-_PAIR = re.compile(r"^\s*(?:[-*+•·▪]\s+)?(?P<key>[^:：]{1,60}?)\s*(?::(?=\s)|：)\s*(?P<value>\S.*?)\s*$")
+_PAIR = re.compile(r"^\s*(?:[-*+•·▪]\s+)?(?P<key>[^:：]{1,60}?)\s*(?::(?=[*_]*\s)|：)\s*(?P<value>\S.*?)\s*$")
 MAX_KEY_WORDS = 5
 
 _NOT_KEYS = _set("""
