@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: an S3 endpoint on loopback."""
+"""Fixtures that several folders of tests share: an S3 endpoint and an OpenAI server on loopback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from openai_server import KEY, OpenAIServer
 
 # Machines are shared: a slow example says nothing about the code.
 settings.register_profile("shared-machine", deadline=None)
@@ -52,3 +53,18 @@ def ray_session() -> Iterator[None]:
     start_ray(num_cpus=2)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def openai_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
+    """A running server, with the environment that leads OpenAI's and Azure's clients to it."""
+    with OpenAIServer() as server:
+        for name, value in {
+            "OPENAI_API_KEY": KEY,
+            "OPENAI_BASE_URL": server.base_url,
+            "AZURE_OPENAI_API_KEY": KEY,
+            "AZURE_OPENAI_ENDPOINT": server.address,
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AZURE_OPENAI_AD_TOKEN", raising=False)
+        yield server

@@ -6,7 +6,9 @@ On one core of an EPYC with AVX-512, ONNX Runtime does 2.2 times the sentences o
 (`python jobs/benchmark.py encode`).
 
 `NAME:int8` quantises the matrix products' weights and inputs to 8 bits. Its vectors differ from the model's, so
-it is an encoder of its own. Inputs are scaled per batch, so a vector also depends a little on its neighbours.
+it is an encoder of its own: for MiniLM on 2,151 texts of a knowledge base of countries the cosine to the exact
+vector is 0.994 in the median, 0.975 at the first percentile and 0.956 at worst. Inputs are scaled per batch, so a
+vector also depends a little on its neighbours.
 """
 
 from __future__ import annotations
@@ -127,7 +129,15 @@ def _spec(name: str, base_revision: str, dim: int, precision: Precision) -> Enco
 
 
 def _device(settings: EncoderSettings) -> str:
+    if settings.device is not None and not settings.device.startswith("cuda"):
+        return settings.device
     if settings.device is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                "no CUDA device can be used", where=f"--device {settings.device}", help="drop --device, or take cpu"
+            )
         return settings.device
     # Importing torch takes seconds; a machine without a GPU's device file need not pay for the answer.
     if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):

@@ -1,13 +1,11 @@
-"""Fixtures for encoders: the MiniLM reference, a cache of exported models, and a server for the remote ones."""
+"""Fixtures for encoders: the MiniLM reference, and a cache of exported models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from openai_server import KEY, OpenAIServer
 
 from kblam_ray.encoders import Encoder, load_encoder
 
@@ -38,18 +36,3 @@ def reference(minilm_folder: Path) -> SentenceTransformer:
 @pytest.fixture(scope="session")
 def minilm(cache_dir: str) -> Encoder:
     return load_encoder("all-MiniLM-L6-v2", cache_dir=cache_dir, device="cpu")
-
-
-@pytest.fixture
-def openai_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    """A running server, with the environment that leads OpenAI's and Azure's clients to it."""
-    with OpenAIServer() as server:
-        for name, value in {
-            "OPENAI_API_KEY": KEY,
-            "OPENAI_BASE_URL": server.base_url,
-            "AZURE_OPENAI_API_KEY": KEY,
-            "AZURE_OPENAI_ENDPOINT": server.address,
-        }.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("AZURE_OPENAI_AD_TOKEN", raising=False)
-        yield server
