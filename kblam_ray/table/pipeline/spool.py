@@ -28,6 +28,8 @@ SPOOL_SCHEMA = pa.schema(
     [("text_hash", pa.binary(16)), ("embedding", pa.binary()), ("truncated", pa.bool_()), ("unknown", pa.bool_())]
 )
 
+SPOOL = "_spool"
+
 ABANDONED_S = 3_600
 """A spool without a new file for this long, all of whose use was copied, belongs to a run that died."""
 
@@ -41,7 +43,7 @@ def text_hash(text: str) -> bytes:
 
 
 def spool_uri(kb_uri: str, encoder: EncoderSpec, run_id: str) -> str:
-    return storage.join(kb_uri, "_spool", encoder.revision, run_id)
+    return storage.join(kb_uri, SPOOL, encoder.revision, run_id)
 
 
 def write_spool(uri: str, rows: pa.Table) -> str:
@@ -89,9 +91,9 @@ class Leftover:
     idle_s: float
 
 
-def find_leftovers(kb_uri: str, encoder: EncoderSpec) -> list[Leftover]:
-    """Spools of earlier (or concurrent) runs on this table with this encoder, oldest first."""
-    root = storage.join(kb_uri, "_spool", encoder.revision)
+def find_leftovers(kb_uri: str, encoder: EncoderSpec | None = None) -> list[Leftover]:
+    """Spools of earlier (or concurrent) runs on this table, oldest first; with `encoder`, only those of that encoder."""
+    root = storage.join(kb_uri, SPOOL, *([encoder.revision] if encoder else []))
     filesystem, path = storage.filesystem(root)
     with storage.storage_errors(root):
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
@@ -110,6 +112,13 @@ def find_leftovers(kb_uri: str, encoder: EncoderSpec) -> list[Leftover]:
         for run, found in by_run.items()
     ]
     return sorted(leftovers, key=lambda leftover: -leftover.idle_s)
+
+
+def remove_old_spools(kb_uri: str) -> None:
+    """Remove the spools that no run has continued within RETENTION_S."""
+    for leftover in find_leftovers(kb_uri):
+        if leftover.idle_s > RETENTION_S:
+            remove_spool(leftover.uri)
 
 
 def remove_spool(uri: str) -> None:
