@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from kblam_ray.errors import BadRowError
 from kblam_ray.facts import Fact, Identity, NotAFactError, fact_from_row, validate_fact
 
-FactLike: TypeAlias = Fact | tuple[str, ...] | Mapping[str, Any]
+FactLike: TypeAlias = Fact | tuple[str, ...] | list[str] | Mapping[str, Any]
 """A Fact; (entity, property, value[, metadata]); or a mapping of an accepted shape, see `fact_from_row`."""
 
 
@@ -22,7 +22,7 @@ def facts_from(given: Iterable[FactLike]) -> list[Fact]:
 
 
 def identities_from(given: Iterable[FactLike], identity: Identity) -> list[Fact]:
-    """Identities, each a tuple of as many texts as the table's identity rule has, or a fact; values may be missing.
+    """Identities, each a tuple or a mapping of the fields that the table's identity rule names, or a Fact.
 
     Raises:
         BadRowError: one does not say which fact is meant.
@@ -30,7 +30,9 @@ def identities_from(given: Iterable[FactLike], identity: Identity) -> list[Fact]
     num_fields = identity.count(",") + 1
     facts = []
     for number, item in enumerate(given, start=1):
-        if isinstance(item, tuple):
+        if isinstance(item, Mapping):
+            item = tuple(item[name] for name in identity.split(",") if name in item)
+        if isinstance(item, tuple | list):
             if len(item) != num_fields:
                 raise _bad(number, f"an identity has {num_fields} texts ({identity}), this one {len(item)}")
             # Any value does where the value is not part of the identity.
@@ -43,9 +45,9 @@ def _checked(item: FactLike, number: int) -> Fact:
     try:
         if isinstance(item, Fact):
             return validate_fact(item)
-        if isinstance(item, tuple):
+        if isinstance(item, tuple | list):
             if len(item) not in (3, 4):
-                raise NotAFactError(f"a tuple of {len(item)}, not (entity, property, value[, metadata])")
+                raise NotAFactError(f"a sequence of {len(item)}, not (entity, property, value[, metadata])")
             return validate_fact(Fact(*item))
         return fact_from_row(item)
     except NotAFactError as error:

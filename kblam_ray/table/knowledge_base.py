@@ -15,8 +15,8 @@ from kblam_ray.facts.fact import DEFAULT_IDENTITY, Fact, Identity, content_hash,
 from kblam_ray.table.changes import Changes, find_changes
 from kblam_ray.table.compact import RETENTION_H, TARGET_FILE_BYTES, compact
 from kblam_ray.table.given import FactLike, facts_from, identities_from
-from kblam_ray.table.live import find_winners, live_index, read_live
-from kblam_ray.table.log import TableLog, commit_parts, next_updated_at
+from kblam_ray.table.live import find_winners
+from kblam_ray.table.log import TableLog, commit, next_updated_at
 from kblam_ray.table.opening import check_location
 from kblam_ray.table.part import PartFile, write_part
 from kblam_ray.table.plan import (
@@ -233,15 +233,17 @@ class KnowledgeBase:
         identity = self.info.identity
         index = index_facts(facts, identity)
         ids = index["fact_id"].to_numpy()
-        live = live_index(log, fact_ids=ids) if log else _NOTHING_LIVE
+        live = _NOTHING_LIVE
+        if log:
+            live = find_winners(log, fact_ids=ids).live().read_sorted(_PLANNED_COLUMNS)
         try:
             plan = plan_write(index, live, "upsert")
         except CollidingRowsError as error:
             first, second = error.rows
             raise collision(facts[first], facts[second], identity) from None
-        if log and len(plan.changed):
-            rows = read_live(log, columns=["fact_id", "entity", "property", "value"], fact_ids=ids[plan.changed])
-            refuse_collisions_with_live([facts[row] for row in plan.changed], rows, identity)
+        if len(plan.changed):
+            replaced = live.filter(pa.array(np.isin(live["fact_id"].to_numpy(), ids[plan.changed])))
+            refuse_collisions_with_live([facts[row] for row in plan.changed], [replaced], identity)
         return plan
 
     def _commit_facts(self, facts: list[Fact]) -> int:
@@ -250,7 +252,7 @@ class KnowledgeBase:
         embeddings_TP = self._loaded_encoder().encode(list(row_of_text))
         rows_M2 = np.array([row_of_text[text] for text in texts]).reshape(2, -1).T
         # Embedding may take long; asking for the time afterwards keeps the span from `updated_at` to commit short.
-        updated_at, write_id = next_updated_at(self.uri), new_write_id()
+        updated_at, write_id = next_updated_at(self._log or self.uri), new_write_id()
         parts = []
         for start in range(0, len(facts), FACTS_PER_PART):
             batch, rows_B2 = facts[start : start + FACTS_PER_PART], rows_M2[start : start + FACTS_PER_PART]
@@ -270,9 +272,9 @@ class KnowledgeBase:
         return self._commit(parts, write_id)
 
     def _commit(self, parts: list[PartFile], write_id: str) -> int:
-        version = commit_parts(self.uri, self.info, parts, write_id)
-        self._move_to(TableLog.open(self.uri, version))
-        return version
+        log = commit(self.uri, self.info, parts, write_id)
+        self._move_to(log)
+        return log.version
 
     def _loaded_encoder(self) -> Encoder:
         if not isinstance(self._encoder, Encoder):
@@ -282,4 +284,6 @@ class KnowledgeBase:
         return self._encoder
 
 
-_NOTHING_LIVE = pa.schema([SCHEMA.field("fact_id"), SCHEMA.field("content_hash")]).empty_table()
+_PLANNED_COLUMNS = ["fact_id", "content_hash", "entity", "property", "value"]
+
+_NOTHING_LIVE = pa.schema([SCHEMA.field(name) for name in _PLANNED_COLUMNS]).empty_table()

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from kblam_ray import storage
 from kblam_ray.table.log import DataFile, TableLog, as_log
-from kblam_ray.table.part import open_part
+from kblam_ray.table.part import in_order, open_part
 from kblam_ray.table.schema import FACT_COLUMNS, SCHEMA, UPSERT
 
 LIVE_FACTS_SQL = """\
@@ -126,7 +126,7 @@ class Winners:
             return table
         order_M = np.empty(len(at_M), np.int64)
         order_M[at_M] = np.arange(len(at_M))
-        return table.take(pa.array(order_M))
+        return in_order(table, order_M)
 
 
 def find_winners(table: str | TableLog, version: int | None = None, *, fact_ids: np.ndarray | None = None) -> Winners:
@@ -232,7 +232,7 @@ def _scan(file: pq.ParquetFile, wanted: np.ndarray | None) -> tuple[pa.Table, np
         column = file.schema_arrow.names.index("fact_id")
         groups = [group for group in groups if _group_may_hold(wanted, metadata.row_group(group).column(column))]
     with storage.storage_errors("a data file"):
-        table = file.read_row_groups(groups, columns=_RULE_COLUMNS)
+        table = file.read_row_groups(groups, columns=_RULE_COLUMNS, use_threads=False)
     rows = table.select(_RULE_COLUMNS).cast(_RULE_SCHEMA)
     numbers = np.concatenate(
         [np.empty(0, np.int64), *(np.arange(starts[group], starts[group] + sizes[group]) for group in groups)]

@@ -141,6 +141,14 @@ def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id:
     Returns:
         The version that holds the write, read back from the log.
 
+    Raises: as for `commit`.
+    """
+    return commit(uri, info, parts, write_id).version
+
+
+def commit(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str) -> TableLog:
+    """`commit_parts`, returning the table opened at the version that holds the write.
+
     Raises:
         EncoderMismatchError: the table has another encoder.
         TableError: the table has another identity rule, or the write began too long ago.
@@ -157,7 +165,7 @@ def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id:
         if log is not None:
             log.info.require_same(info, uri)
             if log.holds(write_id):
-                return _version_of(log, write_id)
+                return _at_write(log, write_id)
         try:
             if log is None:
                 _create(uri, info, actions, write_id)
@@ -168,7 +176,7 @@ def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id:
             failure = error
     log = TableLog.open_if_exists(uri)
     if log is not None and log.holds(write_id):
-        return _version_of(log, write_id)
+        return _at_write(log, write_id)
     raise _failed(uri, failure) from failure
 
 
@@ -188,7 +196,7 @@ def replace_parts(log: TableLog, parts: Sequence[PartFile], replaced: Sequence[D
         failure = error
     newest = TableLog.open(log.uri)
     if newest.holds(write_id):
-        return _version_of(newest, write_id)
+        return _at_write(newest, write_id).version
     raise _failed(log.uri, failure) from failure
 
 
@@ -226,9 +234,9 @@ def _widened(file: DataFile) -> DataFile:
     return replace(file, max_updated_at=file.max_updated_at + 999)
 
 
-def _version_of(log: TableLog, write_id: str) -> int:
-    found = find_write(log.uri, write_id, newest=log.version)
-    return log.version if found is None else found
+def _at_write(log: TableLog, write_id: str) -> TableLog:
+    version = find_write(log.uri, write_id, newest=log.version)
+    return log if version in (None, log.version) else TableLog.open(log.uri, version)
 
 
 def _add_action(part: PartFile, data_change: bool = True) -> AddAction:

@@ -32,6 +32,8 @@ _DICTIONARY_COLUMNS = ["op", "entity", "property", "value", "updated_at", "write
 _STATISTICS_COLUMNS = ["fact_id", "op", "updated_at", "write_id"]
 
 
+_MAX_TAKE_BYTES = 2**31 - 1
+
 _OWN_NAME = re.compile(r"part-[0-9a-f]{32}\.parquet")
 
 
@@ -133,6 +135,18 @@ class PartGoneError(StorageError):
         return (PartGoneError, (self.where,))
 
 
+def in_order(rows: pa.Table, order_M: np.ndarray) -> pa.Table:
+    """`rows` in another order, whatever their size: Arrow's own `take` fails where a column's texts exceed 2 GB."""
+    if rows.nbytes <= _MAX_TAKE_BYTES:
+        return rows.take(pa.array(order_M))
+    wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    schema = pa.schema([field.with_type(wide.get(field.type, field.type)) for field in rows.schema])
+    whole = rows.cast(schema).combine_chunks()
+    # Back in narrow types, in pieces an eighth of what they can hold, because rows differ in size.
+    runs = np.array_split(order_M, 8 * rows.nbytes // _MAX_TAKE_BYTES + 1)
+    return pa.concat_tables([whole.take(pa.array(run)).cast(rows.schema) for run in runs])
+
+
 def timestamp_text(microseconds: int) -> str:
     """Microseconds since 1970 as the Delta log writes a timestamp, in UTC."""
     return datetime.fromtimestamp(microseconds // 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%S") + (
@@ -144,7 +158,7 @@ def _sorted_by_id(rows: pa.Table) -> pa.Table:
     ids = rows["fact_id"].to_numpy()
     if (ids[1:] >= ids[:-1]).all():
         return rows
-    return rows.take(pa.array(np.argsort(ids, kind="stable")))
+    return in_order(rows, np.argsort(ids, kind="stable"))
 
 
 def _row_group_rows(rows: pa.Table) -> int:

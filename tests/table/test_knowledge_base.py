@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,7 @@ def test_every_form_of_a_fact(kb):
     kb.upsert(
         [
             Fact(" a ", "p", "1"),
-            ("b", "p", "2"),
+            ["b", "p", "2"],
             ("c", "p", "3", '{"source": "x"}'),
             {"entity": "d", "property": "p", "value": "4", "source": "y"},
             {"entity": "e", "description": "5"},
@@ -128,6 +130,14 @@ def test_many_values_side_by_side(tmp_path, encoder):
     assert kb.delete([("Paris", "in", "Europe")]) == 2
     assert sorted(kb.snapshot().facts["value"].to_pylist()) == ["France", "the north"]
     assert KnowledgeBase.open(kb.uri).info.identity == "entity,property,value"
+
+
+def test_every_form_of_an_identity(kb):
+    kb.upsert([(name, "p", "v") for name in "abcd"])
+    kb.delete([("a", "p"), ["b", "p"], {"entity": "c", "property": "p", "value": "ignored"}])
+    assert list(contents(kb.snapshot())) == [("d", "p")]
+    with pytest.raises(BadRowError, match="this one 1"):
+        kb.delete([{"entity": "d"}])
 
 
 def test_an_identity_of_the_wrong_length(kb):
@@ -245,6 +255,22 @@ def test_a_large_upsert_is_one_commit_of_several_files(kb, monkeypatch):
     assert kb.upsert((f"e{number}", "p", f"v{number}") for number in range(35)) == 0
     assert len(TableLog.open(kb.uri).files) == 4
     assert contents(kb.snapshot()) == {(f"e{number}", "p"): f"v{number}" for number in range(35)}
+
+
+def test_a_table_is_used_without_the_libraries_of_encoders_and_jobs(tmp_path):
+    """Reading and changing with an encoder of one's own needs none of the optional packages."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from fake_encoder import FakeEncoder
+from kblam_ray import KnowledgeBase
+kb = KnowledgeBase.create({str(tmp_path / "kb")!r}, FakeEncoder())
+kb.upsert([("a", "b", "c")])
+assert KnowledgeBase.open(kb.uri).snapshot().key_embeddings_MP.shape == (1, 8)
+print(sorted({{"torch", "ray", "openai", "sklearn", "transformers", "onnxruntime"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_compact_and_vacuum_move_the_handle(kb):

@@ -45,6 +45,8 @@ def test_the_whole_life_of_a_knowledge_base(uri):
     assert kb.compact() == 3
     assert len(kb.vacuum(0, allow_short=True)) == 3
     assert contents(KnowledgeBase.open(uri).snapshot()) == {("France", "capital"): "Paris"}
+    with pytest.raises(StorageError, match="no longer exists"):
+        kb.snapshot(0)
     assert all(key.startswith("team a/kb/") for key in objects(uri))
 
 
@@ -58,15 +60,15 @@ def append(uri: str, writer: int, num_commits: int, start, versions) -> None:
 def test_two_processes_write_at_the_same_time(uri):
     """Both read version n and put version n + 1: without a conditional put one commit would replace the other."""
     start, versions = SPAWN.Barrier(2), SPAWN.Queue()
-    writers = [SPAWN.Process(target=append, args=(uri, writer, 8, start, versions)) for writer in range(2)]
+    writers = [SPAWN.Process(target=append, args=(uri, writer, 4, start, versions)) for writer in range(2)]
     for writer in writers:
         writer.start()
-    reported = [versions.get(timeout=120) for _ in range(16)]
+    reported = [versions.get(timeout=120) for _ in range(8)]
     for writer in writers:
         writer.join(timeout=60)
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert sorted(reported) == list(range(16))
-    expected = {(f"writer {writer}", f"p{number}"): "v" for writer in range(2) for number in range(8)}
+    assert sorted(reported) == list(range(8))
+    expected = {(f"writer {writer}", f"p{number}"): "v" for writer in range(2) for number in range(4)}
     assert contents(KnowledgeBase.open(uri).snapshot()) == expected
 
 

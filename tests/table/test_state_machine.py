@@ -97,4 +97,4 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTable = TableMachine.TestCase
-TestTable.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestTable.settings = settings(max_examples=10, stateful_step_count=15, deadline=None)
