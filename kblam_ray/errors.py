@@ -141,3 +141,9 @@ class DocumentError(InputError):
     """A document cannot be read: damaged, encrypted, empty or in another encoding than it says."""
 
     code = "bad_document"
+
+
+class DataFileGoneError(StorageError):
+    """A data file that a version of a table names is not there any more, most likely vacuumed."""
+
+    code = "data_file_gone"

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from kblam_ray import storage
+from kblam_ray.errors import DataFileGoneError
 from kblam_ray.table.commits import read_commits
 from kblam_ray.table.live import Winners, combined, find_winners, resolve
 from kblam_ray.table.log import TableLog
-from kblam_ray.table.part import PartGoneError, open_part
+from kblam_ray.table.part import open_part
 from kblam_ray.table.snapshot import Snapshot
 
 
@@ -88,7 +89,7 @@ def _ids_in(uri: str, paths: set[str]) -> np.ndarray | None:
     for path in sorted(paths):
         try:
             part = open_part(files, root, path)
-        except PartGoneError:
+        except DataFileGoneError:
             return None
         with storage.storage_errors(uri):
             ids.append(part.read(columns=["fact_id"])["fact_id"].to_numpy())

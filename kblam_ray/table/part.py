@@ -8,7 +8,6 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from kblam_ray import storage
-from kblam_ray.errors import StorageError
+from kblam_ray.errors import DataFileGoneError, StorageError
 from kblam_ray.table.schema import EMBEDDING_COLUMNS, SCHEMA
 
 ROW_GROUP_BYTES = 16 * 2**20
@@ -94,7 +93,8 @@ def open_part(files: pafs.FileSystem, root: str, path: str) -> pq.ParquetFile:
     """The committed file `path` of the table at `root`, for reading; columns of few values come as dictionaries.
 
     Raises:
-        StorageError: the file is gone (vacuumed) or unreadable.
+        DataFileGoneError: the file is not there any more.
+        StorageError: the file is damaged, or the store does not answer.
     """
     place = f"{root}/{path}"
     with storage.storage_errors(place):
@@ -107,7 +107,11 @@ def open_part(files: pafs.FileSystem, root: str, path: str) -> pq.ParquetFile:
                 read_dictionary=["op", "write_id"],
             )
         except FileNotFoundError as error:
-            raise PartGoneError(place) from error
+            raise DataFileGoneError(
+                "a data file of this version no longer exists",
+                where=place,
+                help="vacuum removes the files of old versions after its retention: open a newer version",
+            ) from error
         except pa.ArrowInvalid as error:
             raise StorageError(
                 f"a data file is damaged: {error}", where=place, help="restore the file from a backup"
@@ -117,22 +121,6 @@ def open_part(files: pafs.FileSystem, root: str, path: str) -> pq.ParquetFile:
 def is_own_name(path: str) -> bool:
     """Whether `write_part` named the file; another program's statistics are less exact."""
     return _OWN_NAME.fullmatch(path) is not None
-
-
-class PartGoneError(StorageError):
-    """A data file that the log names no longer exists: vacuum removed it, or somebody else did."""
-
-    code = "data_file_gone"
-
-    def __init__(self, place: str) -> None:
-        super().__init__(
-            "a data file of this version no longer exists",
-            where=place,
-            help="vacuum removes the files of old versions after its retention: open a newer version",
-        )
-
-    def __reduce__(self) -> Any:
-        return (PartGoneError, (self.where,))
 
 
 def in_order(rows: pa.Table, order_M: np.ndarray) -> pa.Table:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import INFO, applied, commit_deletes, commit_upserts, contents, delete_part, upsert_part
 
-from kblam_ray.errors import TableNotFoundError
+from kblam_ray.errors import DataFileGoneError, TableNotFoundError
 from kblam_ray.facts.fact import Fact, fact_id
 from kblam_ray.table import changes as changes_module
 from kblam_ray.table.changes import find_changes
@@ -172,7 +172,7 @@ def test_versions_whose_files_are_vacuumed_are_an_error_that_says_so(uri):
     commit_upserts(uri, facts(2, value="new"), NOW + 1)
     compact(uri)
     vacuum(uri, 0, allow_short=True)
-    with pytest.raises(Exception, match=r"no longer exists.*vacuum"):
+    with pytest.raises(DataFileGoneError, match=r"no longer exists.*vacuum"):
         find_changes(uri, 0, 2)
 
 
