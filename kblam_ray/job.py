@@ -89,7 +89,8 @@ def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobC
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
-    for field, info in config_type.model_fields.items():
+    own = config_type.__annotations__
+    for field, info in sorted(config_type.model_fields.items(), key=lambda item: item[0] not in own):
         _add_flag(parser, field, info)
     flags = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     path = flags.pop("config", None)

@@ -6,6 +6,7 @@ Every step prints the command or the Python that does it, so that it can be repe
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -70,9 +71,10 @@ def step(title: str) -> None:
 def run_job(job: str, arguments: list[str]) -> None:
     """Run a job as a user would and show its summary; a job that fails ends the demo."""
     print(f"$ python jobs/{job} {' '.join(arguments)}", flush=True)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / job), *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
+    command = [sys.executable, str(ROOT / "jobs" / job), *arguments]
+    # Ray's native log speaks on stderr of what it does to recover; a demonstration shows the job's own progress.
+    environment = {**os.environ, "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     summary = json.loads(done.stdout.splitlines()[-1])
     print("  ".join(f"{name}={value}" for name, value in summary.items() if value not in (None, "")), flush=True)
     if not summary["ok"]:

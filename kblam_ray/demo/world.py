@@ -53,7 +53,7 @@ def _countries(countries: dict, continents: dict[str, str]) -> Iterator[tuple[st
     for country in countries.values():
         for name, column in COUNTRY_PROPERTIES.items():
             value = country[column]
-            yield country["name"], name, f"{value:,}" if isinstance(value, int) and value else str(value or "")
+            yield country["name"], name, f"{value:,}" if isinstance(value, int) and value else str(value or "").strip()
         yield country["name"], "continent", continents[country["continentcode"]]
 
 

@@ -2,6 +2,14 @@
 
 from kblam_ray.encoders.base import EncodedBatch, Encoder, EncoderSpec
 from kblam_ray.encoders.load import encoder_spec, load_encoder
-from kblam_ray.encoders.settings import EncoderSettings
+from kblam_ray.encoders.settings import EncoderOptions, EncoderSettings
 
-__all__ = ["EncodedBatch", "Encoder", "EncoderSettings", "EncoderSpec", "encoder_spec", "load_encoder"]
+__all__ = [
+    "EncodedBatch",
+    "Encoder",
+    "EncoderOptions",
+    "EncoderSettings",
+    "EncoderSpec",
+    "encoder_spec",
+    "load_encoder",
+]

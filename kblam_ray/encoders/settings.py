@@ -19,15 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Backend = Literal["auto", "torch", "onnx", "onnx-int8"]
 
 
-class EncoderSettings(BaseModel):
-    """What `load_encoder` takes; a job that encodes offers these fields as its flags."""
+class EncoderOptions(BaseModel):
+    """Where and how an encoder shall run; a job that encodes offers these fields as its flags."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(
-        min_length=1, description="encoder: a sentence-transformers name or path, openai:, azure:, hashing"
-    )
-    expected_revision: str | None = Field(None, description="refuse an encoder of another revision than this")
     device: str | None = Field(None, description="torch device of a local encoder: cuda if there is one, else cpu")
     backend: Backend = Field(
         "auto", description="local encoders: ONNX Runtime on the CPU and torch on a GPU, or a choice"
@@ -51,3 +47,12 @@ class EncoderSettings(BaseModel):
     usd_per_million_tokens: float | None = Field(
         None, ge=0, description="price of a remote encoder: the provider's list price when it is known"
     )
+
+
+class EncoderSettings(EncoderOptions):
+    """What `load_encoder` takes."""
+
+    name: str = Field(
+        min_length=1, description="encoder: a sentence-transformers name or path, openai:, azure:, hashing"
+    )
+    expected_revision: str | None = Field(None, description="refuse an encoder of another revision than this")

@@ -8,12 +8,14 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from kblam_ray import Fact, KnowledgeBase
 from kblam_ray.facts import write_facts
 from tests.jobs.running import run_job, start_job
+from tests.openai_server import KEY, Fault, no_quota, rate_limited, server_error, vector_of
 
 NUM_FACTS = 20_000
 
@@ -179,3 +181,35 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path):
     assert "--mode" in summary["error"]["message"]
     code, summary, _ = run_job("embed_kb", "--inptu", source)
     assert code == 2
+
+
+def test_a_remote_encoder_with_faults_embeds_every_text_once(tmp_path, openai_server):
+    kb, source = tmp_path / "kb", str(tmp_path / "facts.jsonl")
+    write_facts((Fact(f"entity {n}", "code", f"value {n % 50}") for n in range(200)), source)
+    faults = [rate_limited("0"), server_error(500), Fault("drop"), Fault("drop_midway"), Fault("cut_json")]
+    openai_server.faults.extend(faults)
+    arguments = ["--kb", str(kb), "--input", source, "--encoder", "openai:text-embedding-3-small@64"]
+    arguments += ["--request-texts", "25", "--num-workers", "2", "--base-url", openai_server.base_url]
+    code, summary, stderr = run_job("embed_kb", *arguments, OPENAI_API_KEY=KEY)
+    assert (code, summary["texts_embedded"]) == (0, 250), stderr
+    assert summary["tokens"] > 0
+    assert summary["cost_usd"] > 0
+    assert not openai_server.faults
+    assert set(openai_server.answered.values()) == {1}
+    snapshot = KnowledgeBase.open(str(kb)).snapshot()
+    for fact, value_P in zip(snapshot.facts.to_pylist(), snapshot.value_embeddings_MP, strict=True):
+        assert value_P.astype(np.float32) @ vector_of(fact["value"], 64) > 0.999
+
+
+def test_a_bad_key_and_an_exhausted_quota_are_told_apart(tmp_path, openai_server):
+    source = str(tmp_path / "facts.jsonl")
+    write_facts([Fact("a", "p", "v")], source)
+    arguments = ["--kb", str(tmp_path / "kb"), "--input", source, "--encoder", "openai:text-embedding-3-small"]
+    arguments += ["--base-url", openai_server.base_url]
+    code, summary, _ = run_job("embed_kb", *arguments, OPENAI_API_KEY="sk-wrong")
+    assert (code, summary["error"]["code"]) == (2, "encoder_unauthorized")
+    openai_server.always = no_quota()
+    code, summary, stderr = run_job("embed_kb", *arguments, OPENAI_API_KEY=KEY)
+    assert (code, summary["error"]["code"]) == (1, "encoder_quota_exhausted")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "kb" / "_delta_log").exists()

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from kblam_ray.encoders import load_encoder
-from kblam_ray.encoders.base import Encoder, EncoderSpec
-from kblam_ray.errors import EncoderMismatchError
+from kblam_ray.encoders.base import Encoder
 from kblam_ray.table.pipeline.reports import reporting, reports
 from kblam_ray.table.pipeline.scan import TASK_CPUS, Block
 from kblam_ray.table.pipeline.spool import Leftover, read_spool, spool_rows, text_hash, write_spool
@@ -124,7 +123,7 @@ def encode_texts(
     blocks: Sequence[Block],
     work: Work,
     settings: EncoderSettings,
-    spec: EncoderSpec,
+    dim: int,
     pool: Pool,
     spool: str,
     report: EncodeReport,
@@ -133,7 +132,8 @@ def encode_texts(
 
     Args:
         blocks: the scanned input.
-        settings: how a worker loads its encoder; it must turn out to be `spec`.
+        settings: how a worker loads its encoder.
+        dim: P, for the size of a spool file.
         spool: URI of this run's spool directory.
         report: what was noticed is added to it.
     """
@@ -142,7 +142,7 @@ def encode_texts(
     text_ids = work.unencoded()
     if not len(text_ids):
         return work
-    batch_size = texts_per_batch(len(text_ids), pool.max_workers, spec.dim)
+    batch_size = texts_per_batch(len(text_ids), pool.max_workers, dim)
     # A batch is a pair of numbers, and workers fetch the texts themselves: so batches have one size, whatever the
     # blocks' sizes are, and no task has to run beside the pool and compete with it for CPUs.
     batches = [
@@ -156,7 +156,6 @@ def encode_texts(
             "blocks": list(blocks),
             "work_ref": ray.put((work, text_ids)),
             "settings": settings,
-            "spec": spec,
             "spool": spool,
         },
         compute=ray.data.ActorPoolStrategy(
@@ -184,12 +183,10 @@ def texts_per_batch(num_texts: int, num_workers: int, dim: int) -> int:
 class _EncodeTexts:
     """One encoder in one actor: a batch of texts in, one spool file out."""
 
-    def __init__(
-        self, blocks: list[Block], work_ref: ObjectRef, settings: EncoderSettings, spec: EncoderSpec, spool: str
-    ) -> None:
+    def __init__(self, blocks: list[Block], work_ref: ObjectRef, settings: EncoderSettings, spool: str) -> None:
         import ray
 
-        self.blocks, self.settings, self.spec, self.spool = blocks, settings, spec, spool
+        self.blocks, self.settings, self.spool = blocks, settings, spool
         self.work, self.text_ids = ray.get(work_ref)
         self.encoder: Encoder | None = None
 
@@ -199,7 +196,6 @@ class _EncodeTexts:
         # be constructed is tried again and again.
         if self.encoder is None:
             self.encoder = load_encoder(self.settings)
-            self._require_revision(self.encoder.spec)
         text_ids = self.text_ids[batch["start"][0] : batch["stop"][0]]
         texts = self.work.texts(self.blocks, text_ids)
         encoded = self.encoder.encode_batch(texts)
@@ -214,14 +210,6 @@ class _EncodeTexts:
             tokens=encoded.tokens,
             cost_usd=encoded.cost_usd,
         )
-
-    def _require_revision(self, found: EncoderSpec) -> None:
-        if found != self.spec:
-            raise EncoderMismatchError(
-                f"a worker has revision {found.revision} of the encoder, the driver {self.spec.revision}",
-                where=self.spec.name,
-                help="install the same model on every node",
-            )
 
 
 def _count(rows: pa.Table, column: str) -> int:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from kblam_ray import storage
-from kblam_ray.encoders import EncoderSettings, load_encoder
+from kblam_ray.encoders import EncoderOptions, EncoderSettings, encoder_spec
 from kblam_ray.encoders.base import EncoderSpec
 from kblam_ray.errors import InputError
 from kblam_ray.facts import expand_inputs, write_rejected
@@ -53,7 +53,7 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 _NOTHING_LIVE = pa.table({"fact_id": pa.array([], pa.int64()), "content_hash": pa.array([], pa.string())})
 
 
-class EmbedSettings(JobConfig):
+class EmbedSettings(JobConfig, EncoderOptions):
     """What `jobs/embed_kb.py` takes."""
 
     kb: str = Field(description="the table: a local path or s3://bucket/prefix; made if absent")
@@ -149,15 +149,16 @@ def _run(
 
 
 def _agree_on_encoder(settings: EmbedSettings, log: TableLog | None) -> tuple[EncoderSettings, TableInfo]:
-    """Load the encoder once here, so that a wrong name or key is told before any work, and its cache is warm."""
+    """The encoder to use and what the table will say of it, known before any work is done."""
     name = settings.encoder or (log.info.encoder.name if log else DEFAULT_ENCODER)
-    encoder_settings = EncoderSettings(name=name)
-    spec = load_encoder(encoder_settings).spec
+    options = settings.model_dump(include=set(EncoderOptions.model_fields))
+    spec = encoder_spec(name, **options)
     identity = settings.identity or (log.info.identity if log else DEFAULT_IDENTITY)
     info = TableInfo(encoder=spec, identity=identity)
     if log:
         log.info.require_same(info, log.uri)
-    return encoder_settings, info
+    # Workers check that their copy is the same one.
+    return EncoderSettings(name=name, expected_revision=spec.revision, **options), info
 
 
 def _plan(
@@ -195,7 +196,7 @@ def _write(
     if len(plan.written):
         work = plan_work(scan.index, plan.written)
         work = resume_from(leftovers, work, own_spool, report)
-        work = encode_texts(scan.blocks, work, encoder_settings, info.encoder, _pool(settings), own_spool, report)
+        work = encode_texts(scan.blocks, work, encoder_settings, dim, _pool(settings), own_spool, report)
     stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=run_id)
     if work is not None:
         written = write_facts_to_parts(scan.blocks, work, kb_uri, dim, stamp)

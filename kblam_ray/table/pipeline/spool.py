@@ -92,7 +92,7 @@ class Leftover:
 
 
 def find_leftovers(kb_uri: str, encoder: EncoderSpec | None = None) -> list[Leftover]:
-    """Spools of earlier (or concurrent) runs on this table, oldest first; with `encoder`, only those of that encoder."""
+    """Spools of earlier (or concurrent) runs on this table, of one encoder or of all, oldest first."""
     root = storage.join(kb_uri, SPOOL, *([encoder.revision] if encoder else []))
     filesystem, path = storage.filesystem(root)
     with storage.storage_errors(root):
