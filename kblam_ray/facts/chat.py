@@ -104,7 +104,9 @@ class ChatModel:
                 raise ChatAuthenticationError("no key for Azure OpenAI", help="set AZURE_OPENAI_API_KEY")
         elif not (settings.chat_url or os.environ.get("OPENAI_API_KEY")):
             raise ChatAuthenticationError(
-                "no key for OpenAI", help="set OPENAI_API_KEY, or name an endpoint of your own with --chat-url"
+                "no key for OpenAI",
+                help="set OPENAI_API_KEY (on a cluster: in the env_vars of the job's runtime environment), or name an "
+                "endpoint of your own with --chat-url",
             )
 
     @cached_property
