@@ -104,7 +104,9 @@ def test_a_bad_row_fails_the_job_and_names_file_and_line(tmp_path):
 def test_skipped_rows_are_written_out_and_the_others_kept(tmp_path):
     kb = tmp_path / "kb"
     source = tmp_path / "facts.jsonl"
-    source.write_bytes(b'{"entity": "a", "property": "p", "value": 7}\n{"entity": "b", "property": "p", "value": "v"}\n\xff\n')
+    source.write_bytes(
+        b'{"entity": "a", "property": "p", "value": 7}\n{"entity": "b", "property": "p", "value": "v"}\n\xff\n'
+    )
     summary = embed_hashing(kb, str(source), on_error="skip")
     assert (summary["rows_read"], summary["rows_rejected"], summary["added"]) == (3, 2, 1)
     rejected = [json.loads(line) for line in Path(summary["rejected_path"]).read_text().splitlines()]
