@@ -1,15 +1,22 @@
 """Measure one part of the system: `python jobs/benchmark.py NAME [flags]`, and `NAME --help` for its flags.
 
 encode: sentences per second of the local encoder against SentenceTransformer.encode, on one core
+embed:  the whole embedding job: facts per second by number of workers, peak memory of every process
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from kblam_ray.encoders.benchmark import EncodeBenchmark, benchmark_encode
 from kblam_ray.errors import InputError
 from kblam_ray.job import JobConfig, main
+from kblam_ray.table.pipeline.benchmark import EmbedBenchmark, benchmark_embed
 
-BENCHMARKS = {"encode": (EncodeBenchmark, benchmark_encode)}
+BENCHMARKS: dict[str, tuple[type[JobConfig], Callable[[Any], dict[str, Any]]]] = {
+    "encode": (EncodeBenchmark, benchmark_encode),
+    "embed": (EmbedBenchmark, benchmark_embed),
+}
 
 
 class NoBenchmark(JobConfig):

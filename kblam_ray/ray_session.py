@@ -42,7 +42,9 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
         address = os.environ.get("RAY_ADDRESS")
         # Workers' prints would land on the driver's stdout, which belongs to the summary line; their errors arrive as
         # exceptions, and all of it is in Ray's log files.
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        # Ray warns before it has set its own level: that tokens are on, that our progress replaces its bars.
+        logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             if address:
                 ray.init(address=address, **quiet)
@@ -69,7 +71,7 @@ def _quiet_ray_data() -> None:
     """Ray Data draws bars and logs plans on stderr; jobs report their own progress there."""
     from ray.data import DataContext
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)

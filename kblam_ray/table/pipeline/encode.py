@@ -176,7 +176,7 @@ def encode_texts(
 
 def texts_per_batch(num_texts: int, num_workers: int, dim: int) -> int:
     """Texts per spool file: enough batches to keep every worker busy to the end, and files of a few megabytes."""
-    share = -(-num_texts // (4 * num_workers))
+    share = -(-num_texts // (8 * num_workers))
     return max(32, min(share, MAX_SPOOL_FILE_BYTES // (2 * dim)))
 
 

@@ -97,8 +97,10 @@ class Scan:
             facts = block.select(INDEXED_SCHEMA.names[:-2]).filter(is_fact)
             columns = [*facts.columns, np.full(len(row), number, np.int32), row]
             index.append(pa.table(columns, schema=INDEXED_SCHEMA))
-        table = pa.concat_tables(index)
-        self.index: pa.Table = table.take(np.argsort(table["seq"].to_numpy(), kind="stable"))
+        self.index: pa.Table = pa.concat_tables(index)
+        seq = self.index["seq"].to_numpy()
+        if (seq[1:] < seq[:-1]).any():  # files were read side by side
+            self.index = self.index.take(np.argsort(seq, kind="stable"))
 
     @property
     def num_rows(self) -> int:

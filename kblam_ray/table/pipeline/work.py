@@ -86,11 +86,13 @@ def plan_work(index: pa.Table, written: np.ndarray) -> Work:
     encoded = pc.dictionary_encode(interleaved)
     text_ids = encoded.indices.to_numpy().astype(np.int64)
     num_texts = len(encoded.dictionary)
+    # Numbers are given in the order of first use, so a text is new where the largest number so far grows.
+    is_first = np.diff(np.maximum.accumulate(text_ids), prepend=-1) > 0
     return Work(
         block_W=facts["block"].to_numpy(),
         row_W=facts["row"].to_numpy(),
         text_ids_W2=text_ids.reshape(-1, 2),
-        owner_D=np.unique(text_ids, return_index=True)[1],
+        owner_D=np.flatnonzero(is_first),
         hashes_D=encoded.dictionary,
         file_D=np.full(num_texts, UNENCODED, np.int32),
         place_D=np.full(num_texts, UNENCODED, np.int32),
