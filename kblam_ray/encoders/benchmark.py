@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from kblam_ray.encoders.load import load_encoder
-from kblam_ray.encoders.model_files import locate
+from kblam_ray.encoders.model_files import locate, require_local
 from kblam_ray.encoders.sentence_transformer import INT8_SUFFIX
 from kblam_ray.encoders.settings import Backend
 from kblam_ray.errors import InputError
@@ -50,6 +50,7 @@ class EncodeBenchmark(JobConfig):
 
 def benchmark_encode(config: EncodeBenchmark) -> dict[str, Any]:
     """Measure, and return rates in sentences per second, their ratio and the smallest cosine."""
+    require_local()
     core = _pin(config.core)
     import torch
     from sentence_transformers import SentenceTransformer

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 
 from kblam_ray.encoders.remote_models import RemoteModel
 from kblam_ray.encoders.settings import EncoderSettings
@@ -86,11 +85,14 @@ class EmbeddingClient:
     def __init__(self, model: RemoteModel, settings: EncoderSettings) -> None:
         try:
             import openai
+            import orjson
         except ModuleNotFoundError as error:
             raise MissingDependencyError(
-                "remote encoders need the package openai", where=settings.name, help="pip install 'kblam-ray[remote]'"
+                f"remote encoders need the package {error.name}",
+                where=settings.name,
+                help="pip install 'kblam-ray[remote]'",
             ) from error
-        self._openai, self._model = openai, model
+        self._openai, self._loads, self._model = openai, orjson.loads, model
         try:
             self._client = _connect(openai, model, settings)
         except openai.OpenAIError as error:
@@ -146,7 +148,7 @@ class EmbeddingClient:
 
     def _parse(self, body: bytes, num_texts: int) -> Answer:
         try:
-            answer = orjson.loads(body)
+            answer = self._loads(body)
             items, usage = answer["data"], answer.get("usage") or {}
             found = {int(item["index"]): _vector(item["embedding"]) for item in items}
             tokens = int(usage.get("prompt_tokens") or 0)

@@ -29,6 +29,7 @@ def test_specs_without_a_model_load_nothing_heavy() -> None:
     [
         ("hashing", "sklearn.feature_extraction.text", "hashing"),
         ("openai:text-embedding-3-small", "openai", "remote"),
+        ("openai:text-embedding-3-small", "orjson", "remote"),
     ],
 )
 def test_a_missing_package_names_its_extra(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from kblam_ray.encoders import load_encoder
 from kblam_ray.encoders.base import Encoder
@@ -164,6 +163,8 @@ def encode_texts(
         num_cpus=ENCODER_CPUS,
         num_gpus=pool.gpus_per_worker or None,
     )
+    from tqdm import tqdm
+
     # On a terminal the bar moves; in a log each update is a line, so there it speaks rarely.
     interval_s = 0.2 if sys.stderr.isatty() else 5.0
     with tqdm(total=len(text_ids), desc="embed", unit=" texts", mininterval=interval_s, file=sys.stderr) as bar:
