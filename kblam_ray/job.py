@@ -84,7 +84,7 @@ def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobC
     """
     parser = _Parser(
         prog=f"jobs/{name}.py",
-        description=sys.modules[config_type.__module__].__doc__,
+        description=sys.modules["__main__"].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -111,8 +111,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> N
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
     note = info.description or ""
-    if info.default not in (None, ...) and not info.is_required():
-        note += f" (default: {info.default})"
+    default = info.get_default(call_default_factory=True, validated_data={})
+    if info.is_required():
+        note += " (required)"
+    elif default not in (None, []):
+        note += f" (default: {default})"
     note = note.replace("%", "%%")
     if kind is bool:
         parser.add_argument(flag, dest=field, action=argparse.BooleanOptionalAction, default=None, help=note)

