@@ -42,6 +42,14 @@ def test_a_fact_is_kept_only_if_its_entity_and_value_stand_in_the_document() -> 
     assert tokens.prompt == 100
 
 
+def test_the_position_is_that_of_the_value_as_whole_words() -> None:
+    text = "Order 1234 of Mira.\n" + "Nothing. " * 30 + "\nMira has 12 boats.\n"
+    with chat_server(lambda request: answer(("Mira", "boats", "12"))) as server:
+        model = ChatModel(ChatFields(chat_model="m", chat_url=server.url))
+        found, _, _ = read_with_model(Parsed("lake", text), model, 200)
+    assert {each.position["offset"] for each in found} == {text.index("12 boats")}
+
+
 def test_each_chunk_is_asked_for_and_positions_name_the_page() -> None:
     def respond(request: dict[str, object]) -> Reply:
         text = request["messages"][1]["content"]  # type: ignore[index]

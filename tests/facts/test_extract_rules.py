@@ -46,6 +46,9 @@ def test_a_key_value_line(line: str, pair: tuple[str, str]) -> None:
         "It starts at 12:30 sharp",
         "12: 30",
         "Phase 2: 30 of them",
+        "Dear all: we meet on Monday",
+        "Please note: the shop closes early",
+        "Three things matter: speed, cost and trust",
         "Note: this is not a fact",
         "TODO: write more",
         "He said: never again",
@@ -133,8 +136,8 @@ def test_a_definition_list_is_a_glossary_or_a_list_of_values() -> None:
 
 
 def test_a_table_without_a_header_is_understood_only_if_it_has_two_columns() -> None:
-    assert len(table_findings(None, [(["Depth", "40 m"], {}), (["Area:", "3 km²"], {})], "Lake")) == 2
-    assert table_findings(None, [(["a", "b", "c"], {})], "Lake") == []
+    assert len(table_findings(None, [(["Depth", "40 m"], [{}, {}]), (["Area:", "3 km²"], [{}, {}])], "Lake")) == 2
+    assert table_findings(None, [(["a", "b", "c"], [{}] * 3)], "Lake") == []
 
 
 def test_html() -> None:
@@ -154,13 +157,119 @@ def test_html() -> None:
         ("Trout", "Share", "30 %"),
         ("Mira Lake", "Owner", "the crown"),
         ("Mira Lake", "Access", "by boat"),
+        ("Mira Lake", "Guide", "Ada"),
         ("Mira Lake", "Boat", "Tern"),
     ]
     assert parse("lake.html", page).findings[0].position == {"line": 3}
     assert "x: 1" not in parse("lake.html", page).text
 
 
+def test_html_places_a_fact_on_the_line_of_its_value() -> None:
+    page = (
+        "<script>\n1\n</script><p>Weight: 3 kg<br>\nColour:\n red</p>\n<table>\n<tr>\n<th>Seat</th>\n"
+        "<td>Graz</td>\n</tr>\n</table><dl>\n<dt>Owner</dt>\n<dd>\nKaro</dd></dl>"
+    )
+    found = parse("a.html", page).findings
+    assert [(each.value, each.position["line"]) for each in found] == [
+        ("3 kg", 3),
+        ("red", 4),
+        ("Graz", 9),
+        ("Karo", 14),
+    ]
+
+
+def test_html_tables_and_lists_that_lay_out_the_page_are_read_from_the_inside() -> None:
+    page = (
+        "<h1>Karo</h1><table><tr><td><table><tr><th>Seat</th><td>Graz</td></tr></table></td>"
+        "<td><dl><dt>Owner</dt><dd>Ada</dd></dl></td></tr><tr><td>Staff</td><td>40</td></tr></table>"
+        "<dl><dt>Press</dt><dd>Phone: 1<dl><dt>Fax</dt><dd>2</dd></dl></dd></dl>"
+        "<table><tr><td>Rating: A</td></tr></table><ul><li>Bank: Nord<ul><li>Branch: West</li></ul></li></ul>Loose: end"
+    )
+    assert sorted(triples("a.html", page)) == [
+        ("Karo", "Bank", "Nord"),
+        ("Karo", "Branch", "West"),
+        ("Karo", "Fax", "2"),
+        ("Karo", "Loose", "end"),
+        ("Karo", "Owner", "Ada"),
+        ("Karo", "Phone", "1"),
+        ("Karo", "Rating", "A"),
+        ("Karo", "Seat", "Graz"),
+        ("Karo", "Staff", "40"),
+    ]
+
+
+def test_html_cells_that_span_rows_and_columns() -> None:
+    page = (
+        "<table><tr><th rowspan=2>Region</th><th rowspan=2>City</th><th colspan=2>Staff</th></tr>"
+        "<tr><th>2020</th><th>2021</th></tr>"
+        "<tr><td rowspan=2>North</td><td>Oslo</td><td>1</td><td>2</td></tr><tr><td>Bergen</td><td>3</td><td>4</td></tr>"
+        "<tr><td colspan=2>Total</td><td>4</td><td>6</td></tr></table>"
+        "<table><thead><tr><td>Fish</td><td>Share</td></tr></thead><tr><td>Trout</td><td>30 %</td></tr></table>"
+    )
+    assert triples("a.html", page) == [
+        ("North", "City", "Oslo"),
+        ("North", "Staff 2020", "1"),
+        ("North", "Staff 2021", "2"),
+        ("North", "City", "Bergen"),
+        ("North", "Staff 2020", "3"),
+        ("North", "Staff 2021", "4"),
+        ("Total", "Staff 2020", "4"),
+        ("Total", "Staff 2021", "6"),
+        ("Trout", "Share", "30 %"),
+    ]
+
+
+def test_html_comments_are_no_text_and_inline_tags_no_blanks() -> None:
+    page = (
+        "<p>Weight: 3 kg<!-- was: 5 --></p><div><p>one</p>two</div>"
+        "<table><tr><td>Gas</td><td>H<sub>2</sub>O</td></tr></table>"
+    )
+    assert triples("a.html", page) == [("a", "Weight", "3 kg"), ("a", "Gas", "H2O")]
+    assert parse("a.html", page).text.split("\n") == ["a", "", "Weight: 3 kg", "one", "two", "Gas", "H2O"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.html"])
+def test_names_in_a_list_begin_what_follows_them(name: str) -> None:
+    lines = ["Name: Ada", "Role: guide", "Name: Tim", "Role: cook"]
+    text = "".join(f"- {line}\n" for line in lines) + "\nName: Mira\n"
+    if name == "a.html":
+        text = "<ul>" + "".join(f"<li>{line}</li>\n" for line in lines) + "</ul><p>Name: Mira</p>"
+    assert triples(name, text) == [("Ada", "Role", "guide"), ("Tim", "Role", "cook"), ("a", "Name", "Mira")]
+
+
+def test_positions_in_front_matter_and_beside_line_breaks() -> None:
+    text = "---\ntitle: Pump\nvendor:\n  name: Karo\ntags:\n  - a\n---\nWeight: 1<br>Size: 2\nPower: 3\n"
+    assert [(each.value, each.position) for each in parse("a.md", text).findings] == [
+        ("Karo", {"line": 4}),
+        ("a", {"line": 6}),
+        ("1", {"line": 8}),
+        ("2", {"line": 8}),
+        ("3", {"line": 9}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.md", "---\nday: 2024-02-30\n---\n"),
+        ("a.md", "---\na: &a [*a]\n---\n"),
+        ("a.md", "---\na: " + "[" * 3_000 + "\n---\n"),
+        ("a.md", "---\na: " + "1" * 5_000 + "\n---\n"),
+        ("a.html", "<![foo <p>Weight: 3</p>"),
+        ("a.html", '<meta charset="undefined"><p>Weight: 3</p>'),
+    ],
+)
+def test_what_parsers_choke_on_is_a_bad_document(name: str, text: str) -> None:
+    with pytest.raises(DocumentError, match=rf"\({name}\)"):
+        parse(name, text)
+
+
+def test_html_nested_deeper_than_python() -> None:
+    assert triples("a.html", "<div>" * 3_000 + "Weight: 3") == [("a", "Weight", "3")]
+
+
 def test_html_in_the_encoding_it_declares() -> None:
+    assert triples("a.html", '<meta charset="utf-16"><p>Weight: 3</p>') == [("a", "Weight", "3")]
     page = '<meta charset="iso-8859-1"><p>Straße: Müllerstraße</p>'.encode("latin-1")
     assert triples("a.html", page) == [("a", "Straße", "Müllerstraße")]
     with pytest.raises(DocumentError, match="a page without text"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
@@ -76,19 +77,18 @@ def read_bytes(uri: str) -> bytes:
 
 
 def decode(data: bytes, uri: str, encoding: str | None = None) -> str:
-    """The text of `data`: UTF-16 if it says so itself, else `encoding` if known, else UTF-8. Line ends become `\\n`.
+    """The text of `data`: UTF-16 if it begins as such, else `encoding` if known, else UTF-8. Line ends become `\\n`.
 
     Raises:
         DocumentError: bytes that are no text in that encoding.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
-    elif encoding is None or encoding.lower().replace("-", "") == "utf8":
+    # What declares UTF-16 in letters of one byte is not UTF-16: browsers read such pages as UTF-8.
+    elif encoding is None or encoding.lower().replace("-", "") == "utf8" or encoding.lower().startswith("utf-16"):
         encoding = "utf-8-sig"
     try:
         text = data.decode(encoding)
-    except LookupError:
-        raise DocumentError(f"an unknown encoding {encoding!r}", where=uri, help="save it as UTF-8") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         name = "UTF-8" if encoding == "utf-8-sig" else encoding
@@ -97,6 +97,8 @@ def decode(data: bytes, uri: str, encoding: str | None = None) -> str:
             where=f"{uri}: line {line}",
             help="save it as UTF-8, or leave such documents out with `--on-error skip`",
         ) from None
+    except (LookupError, UnicodeError):
+        raise DocumentError(f"an unknown encoding {encoding!r}", where=uri, help="save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -105,35 +107,52 @@ def stem_title(uri: str) -> str:
     return PurePosixPath(uri).stem.replace("_", " ").strip() or uri
 
 
-def split_front_matter(text: str, uri: str) -> tuple[dict[str, Any], str]:
-    """The YAML between `---` lines at a document's start, and the text with those lines blank.
+def split_front_matter(text: str, uri: str) -> tuple[dict[str, Any], dict[str, int], str]:
+    """The YAML between `---` lines at a document's start, the line of each value, and the text with those lines blank.
+
+    Lines are found by name, nested ones as `outer inner`.
 
     Raises:
         DocumentError: what stands there is not YAML.
     """
     match = _FRONT_MATTER.match(text)
     if not match:
-        return {}, text
+        return {}, {}, text
     try:
         front = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
+        # Refuses what contains itself.
+        json.dumps(front, skipkeys=True, default=str)
+        lines = _value_lines(yaml.compose(match[1], yaml.SafeLoader), "")
+    # Days that no month has and numbers of thousands of digits are plain errors of their types.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DocumentError(
             f"front matter that is not YAML: {reason}", where=uri, help="mend it, or remove it"
         ) from None
     if not isinstance(front, dict):
         # Two rulers around a paragraph look like front matter and are not.
-        return {}, text
-    return {str(name): value for name, value in front.items()}, "\n" * match[0].count("\n") + text[match.end() :]
+        return {}, {}, text
+    body = "\n" * match[0].count("\n") + text[match.end() :]
+    return {str(name): value for name, value in front.items()}, lines, body
+
+
+def _value_lines(node: yaml.Node | None, name: str) -> dict[str, int]:
+    if not isinstance(node, yaml.MappingNode):
+        # The first line of all is the `---`.
+        return {name: node.start_mark.line + 2} if node else {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        lines |= _value_lines(value, f"{name} {key.value}".strip())
+    return lines
 
 
 def parse_text(data: bytes, uri: str) -> Parsed:
     """A plain text: front matter, and `key: value` lines about its title."""
     text = decode(data, uri)
-    front, body = split_front_matter(text, uri)
+    front, front_lines, body = split_front_matter(text, uri)
     title = front_matter_title(front) or stem_title(uri)
     lines: list[tuple[str, Position]] = [(line, {"line": number}) for number, line in enumerate(body.split("\n"), 1)]
-    findings = front_matter_findings(front, title, {"line": 1}) + line_findings(lines, title)
+    findings = front_matter_findings(front, title, front_lines) + line_findings(lines, title)
     return Parsed(title, text, findings)
 
 

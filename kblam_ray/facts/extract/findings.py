@@ -94,9 +94,9 @@ _NOT_KEYS = _set("""
     todo, update, warning,
 """)
 _NOT_FIRST_WORDS = _set("""
-    a, an, and, as, at, because, before, but, by, for, from, he, her, here, his, how, however, i, if, in, it,
-    its, my, no, not, of, on, or, our, she, so, that, the, their, then, there, these, they, this, those, to, we,
-    what, when, where, which, while, who, why, with, you, your
+    a, an, and, as, at, because, before, but, by, dear, for, from, he, hello, her, here, hi, his, how, however, i, if,
+    in, it, its, my, no, not, of, on, one, or, our, please, remember, she, so, thanks, that, the, their, then, there,
+    these, they, this, those, three, to, two, we, what, when, where, which, while, who, why, with, you, your
 """)
 _VERBS = _set("""
     am, are, be, been, can, could, did, do, does, follows, had, has, have, include, included, includes, is, may,
@@ -128,20 +128,28 @@ def split_pair(line: str) -> tuple[str, str] | None:
 def line_findings(lines: Iterable[tuple[str, Position]], entity: str) -> list[Finding]:
     """The `key: value` lines about `entity`; a block of lines that begins with `Name: X` is about X.
 
+    In such a block the same key begins the next thing. A `Name: X` with nothing below it is a pair like any other.
+
     Args:
         lines: lines and where they stand; an empty one ends a block.
     """
-    found, about, at_start = [], entity, True
-    for line, position in lines:
-        if not line.strip():
-            about, at_start = entity, True
-            continue
+    found: list[Finding] = []
+    name: Finding | None = None
+    at_start, num_before = True, 0
+    for line, position in [*lines, ("", {})]:
         pair = split_pair(line)
-        if pair and at_start and pair[0].casefold() in _SAYS_ITS_NAME:
-            about = pair[1]
+        begins = pair is not None and (
+            (at_start and pair[0].casefold() in _SAYS_ITS_NAME) or (name is not None and pair[0] == name.property)
+        )
+        if not line.strip() or begins:
+            if name is not None and len(found) == num_before:
+                found.append(name)
+            name, num_before = None, len(found)
+        if pair and begins:
+            name = Finding(entity, *pair, position)
         elif pair:
-            found.append(Finding(about, pair[0], pair[1], position))
-        at_start = False
+            found.append(Finding(name.value if name else entity, *pair, position))
+        at_start = not line.strip()
     return found
 
 
@@ -156,18 +164,20 @@ _NOTHING = frozenset(("", "-", "--", "–", "—", "n/a", "na", "none", "null", 
 
 
 def table_findings(
-    header: Sequence[str] | None, rows: Sequence[tuple[Sequence[str], Position]], entity: str
+    header: Sequence[str] | None, rows: Sequence[tuple[Sequence[str], Sequence[Position]]], entity: str
 ) -> list[Finding]:
     """The facts of a table: keys and values about `entity`, or one entity per row and one property per column.
 
     Args:
         header: the names of the columns; None if the table has none, when only two columns can be understood.
-        rows: the cells of each row and where it stands.
+        rows: the cells of each row and where they stand.
     """
     header = None if header is None else [one_line(cell) for cell in header]
     folded = [cell.casefold() for cell in header or ()]
     if header is None or (len(header) == 2 and folded[0] in _KEY_COLUMNS and folded[1] in _VALUE_COLUMNS):
-        pairs = [(one_line(cells[0]).rstrip(" :："), one_line(cells[1]), at) for cells, at in rows if len(cells) == 2]
+        pairs = [
+            (one_line(cells[0]).rstrip(" :："), one_line(cells[1]), at[1]) for cells, at in rows if len(cells) == 2
+        ]
         return [Finding(entity, key, value, at) for key, value, at in pairs if key and not _is_nothing(value)]
     first = 1 if len(header) > 2 and folded[0] in _INDEX_COLUMNS else 0
     found = []
@@ -175,9 +185,9 @@ def table_findings(
         texts = [one_line(cell) for cell in cells]
         if len(texts) <= first or _is_nothing(texts[first]):
             continue
-        for name, value in zip(header[first + 1 :], texts[first + 1 :], strict=False):
+        for name, value, place in list(zip(header, texts, at, strict=False))[first + 1 :]:
             if name and not _is_nothing(value):
-                found.append(Finding(texts[first], name, value, at))
+                found.append(Finding(texts[first], name, value, place))
     return found
 
 
@@ -214,13 +224,17 @@ def front_matter_title(front: Mapping[str, Any]) -> str | None:
     return None
 
 
-def front_matter_findings(front: Mapping[str, Any], entity: str, position: Position) -> list[Finding]:
-    """The facts of a YAML front matter: a nested name reads `outer inner`, a list is one value."""
+def front_matter_findings(front: Mapping[str, Any], entity: str, lines: Mapping[str, int]) -> list[Finding]:
+    """The facts of a YAML front matter: a nested name reads `outer inner`, a list is one value.
+
+    Args:
+        lines: where the value of each name stands, by the name as it reads.
+    """
     found = []
     for name, value in _flat(front, ""):
         if name in ("title", "name", "entity") or name.casefold() in _ABOUT_THE_PAGE:
             continue
-        found.append(Finding(entity, name.replace("_", " "), value, position))
+        found.append(Finding(entity, name.replace("_", " "), value, {"line": lines.get(name, 1)}))
     return found
 
 

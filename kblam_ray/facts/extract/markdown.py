@@ -38,11 +38,11 @@ def parse_markdown(data: bytes, uri: str) -> Parsed:
             "markdown-it-py is not installed", where=uri, help="pip install 'kblam-ray[extract]'"
         ) from error
     text = decode(data, uri)
-    front, body = split_front_matter(text, uri)
+    front, front_lines, body = split_front_matter(text, uri)
     title = front_matter_title(front) or stem_title(uri)
     tokens = MarkdownIt("commonmark").enable("table").use(deflist_plugin).parse(body)
     walk = _Walk(tokens, title)
-    return Parsed(title, text, front_matter_findings(front, title, {"line": 1}) + walk.findings())
+    return Parsed(title, text, front_matter_findings(front, title, front_lines) + walk.findings())
 
 
 class _Walk:
@@ -56,7 +56,12 @@ class _Walk:
 
     def findings(self) -> list[Finding]:
         found: list[Finding] = []
+        block: list[tuple[str, Position]] = []
         while (token := self._next()) is not None:
+            # The items of a tight list are lines of one block; anything else is a block of its own.
+            if not (token.hidden or token.type in ("inline", "list_item_open", "list_item_close")):
+                found += line_findings(block, self._headings.entity)
+                block = []
             if token.type == "heading_open":
                 self._headings.open(int(token.tag[1:]), self._text_until("heading_close"))
             elif token.type == "table_open":
@@ -64,12 +69,9 @@ class _Walk:
             elif token.type == "dl_open":
                 found += self._definitions()
             elif token.type == "inline":
-                lines = _plain(token).split("\n")
-                placed: list[tuple[str, Position]] = [
-                    (line, {"line": self._line + number}) for number, line in enumerate(lines)
-                ]
-                found += line_findings(placed, self._headings.entity)
-        return found
+                for part, at in _source_lines(token):
+                    block += [(line, {"line": self._line + at}) for line in part.split("\n")]
+        return found + line_findings(block, self._headings.entity)
 
     def _next(self) -> Token | None:
         if self._at == len(self._tokens):
@@ -94,7 +96,8 @@ class _Walk:
                 rows.append(([], {"line": self._line}))
             elif token.type in ("th_open", "td_open"):
                 rows[-1][0].append(self._text_until(token.type.replace("open", "close")))
-        return table_findings(rows[0][0], rows[1:], self._headings.entity)
+        placed = [(cells, [at] * len(cells)) for cells, at in rows[1:]]
+        return table_findings(rows[0][0], placed, self._headings.entity)
 
     def _definitions(self) -> list[Finding]:
         items: list[tuple[str, str, Position]] = []
@@ -109,10 +112,17 @@ class _Walk:
 
 def _plain(token: Token) -> str:
     """The text of an inline token, its line breaks kept."""
-    texts = []
+    return "\n".join(text for text, _ in _source_lines(token))
+
+
+def _source_lines(token: Token) -> list[tuple[str, int]]:
+    """The text of an inline token by lines of the source, counted from its first; `<br>` breaks a line in two."""
+    lines = [""]
     for child in token.children or ():
         if child.type in ("text", "code_inline"):
-            texts.append(child.content)
-        elif child.type in ("softbreak", "hardbreak") or child.content.lower().startswith("<br"):
-            texts.append("\n")
-    return "".join(texts)
+            lines[-1] += child.content
+        elif child.type in ("softbreak", "hardbreak"):
+            lines.append("")
+        elif child.content.lower().startswith("<br"):
+            lines[-1] += "\n"
+    return [(line, at) for at, line in enumerate(lines)]

@@ -52,7 +52,7 @@ def read_with_model(parsed: Parsed, model: ChatModel, chunk_chars: int) -> tuple
         for fact in answer.value.facts:
             entity, property, value = one_line(fact.entity), one_line(fact.property), one_line(fact.value)
             if property and occurs(entity, document) and occurs(value, document):
-                found.append(Finding(entity, property, value, _position(parsed, offset, chunk, value)))
+                found.append(Finding(entity, property, value, _position(parsed, offset, value)))
             else:
                 dropped += 1
     return found, dropped, tokens
@@ -93,10 +93,13 @@ def _bounded(pattern: str, text: str) -> str:
     return before + pattern + after
 
 
-def _position(parsed: Parsed, offset: int, chunk: str, value: str) -> Position:
-    """Where the value stands: its character offset, or its chunk's where letters differ in more than case."""
-    match = re.search(r"\s+".join(map(re.escape, value.split())), chunk, re.IGNORECASE)
-    at = offset + (match.start() if match else 0)
+def _position(parsed: Parsed, offset: int, value: str) -> Position:
+    """Where the value stands: its character offset, looked for from its chunk's; the chunk's where it is written
+    otherwise (in letters of another width)."""
+    words = r"\s+".join(map(re.escape, value.split()))
+    wanted = re.compile(_bounded(words, value.casefold()), re.IGNORECASE)
+    match = wanted.search(parsed.text, offset) or wanted.search(parsed.text)
+    at = match.start() if match else offset
     if parsed.page_starts:
         return {"page": bisect_right(parsed.page_starts, at), "offset": at}
     return {"offset": at}

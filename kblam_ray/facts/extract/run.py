@@ -24,7 +24,7 @@ from kblam_ray.facts.units import Outcome, UnitStore, run_units
 from kblam_ray.facts.writing import write_rejected
 from kblam_ray.ray_session import start_ray
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised when the rules find something else in the same document, so that kept results are not used again."""
 
 
