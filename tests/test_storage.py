@@ -85,3 +85,41 @@ def test_no_credentials_at_all_is_anonymous_access_to_aws(clean_environment):
 
 def test_a_local_path_needs_no_options():
     assert storage.delta_storage_options("/tmp/kb") is None
+
+
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        ("missing", "could not be found"),
+        ("half", "aws_secret_access_key"),
+        ("failing", "custom-process"),
+        ("signed-out", "SSO"),
+        ("odd-endpoint", "Invalid endpoint"),
+    ],
+)
+def test_settings_that_boto3_refuses_are_said_with_the_profile(clean_environment, monkeypatch, profile, says):
+    (clean_environment / "config").write_text(
+        "[profile half]\naws_access_key_id = AK\n"
+        "[profile failing]\ncredential_process = false\n"
+        "[profile signed-out]\nsso_session = s\nsso_account_id = 1\nsso_role_name = r\nregion = us-east-1\n"
+        "[sso-session s]\nsso_start_url = https://example.invalid/start\nsso_region = us-east-1\n"
+        "[profile odd-endpoint]\nendpoint_url = minio:9000\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", profile)
+    with pytest.raises(StorageError, match=rf"{says}.*AWS profile {profile}\)\. Help:"):
+        storage.filesystem("s3://bucket/kb")
+
+
+@pytest.mark.parametrize(
+    ("asked", "passed_on"),
+    [
+        ("https://s3.eu-north-1.amazonaws.com", None),
+        ("https://bucket.vpce-1a2b.s3.eu-north-1.vpce.amazonaws.com", "same"),
+        ("https://s3-fips.eu-north-1.amazonaws.com", "same"),
+        ("https://s3.us-west-2.amazonaws.com", "same"),
+    ],
+)
+def test_an_endpoint_of_amazons_that_is_not_the_regions_own_is_used(clean_environment, monkeypatch, asked, passed_on):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", asked)
+    assert storage.resolve_s3().endpoint == (asked if passed_on else None)

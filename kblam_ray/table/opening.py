@@ -28,9 +28,11 @@ def check_location(uri: str) -> str:
     """`uri` normalised.
 
     Raises:
-        InputError: an unsupported scheme, or a character that cannot stand in a table's location.
+        InputError: an unsupported scheme, or a character or folder that cannot stand in a table's location.
     """
     uri = storage.normalize(uri)
+    if storage.is_s3(uri) and {"", ".", ".."} & set(uri.removeprefix("s3://").split("/")):
+        raise InputError("an S3 URI with an empty, '.' or '..' folder", where=uri, help="write s3://bucket/prefix")
     bad = (_S3_REFUSED if storage.is_s3(uri) else _LOCAL_REFUSED).search(uri)
     if bad:
         raise InputError(
