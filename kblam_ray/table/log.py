@@ -113,11 +113,6 @@ def as_log(table: str | TableLog, version: int | None = None) -> TableLog:
     return table if isinstance(table, TableLog) else TableLog.open(table, version)
 
 
-def table_version(uri: str) -> int:
-    """The newest version of the table."""
-    return TableLog.open(uri).version
-
-
 def newest_updated_at(table: str | TableLog) -> int:
     """The largest `updated_at` of any row, microseconds since 1970, from the log alone."""
     return as_log(table).newest_updated_at()
@@ -208,7 +203,9 @@ def _create(uri: str, info: TableInfo, actions: list[AddAction], write_id: str) 
         mode="error",
         description=info.model_dump_json(),
         storage_options=storage.delta_storage_options(uri),
-        commit_properties=_properties(write_id),
+        # Of two creators deltalake would commit the slower one's as version 1, description and all: the table would
+        # then say the wrong encoder. Without a retry the slower one fails, looks again, and finds a table.
+        commit_properties=_properties(write_id, max_retries=0),
     )
 
 
@@ -216,8 +213,8 @@ def _append(log: TableLog, actions: Sequence[AddAction | RemoveAction], write_id
     log.delta.create_write_transaction([*actions], "append", SCHEMA, commit_properties=_properties(write_id))
 
 
-def _properties(write_id: str) -> CommitProperties:
-    return CommitProperties(app_transactions=[Transaction(write_id, 1)], max_commit_retries=_MAX_COMMIT_RETRIES)
+def _properties(write_id: str, *, max_retries: int = _MAX_COMMIT_RETRIES) -> CommitProperties:
+    return CommitProperties(app_transactions=[Transaction(write_id, 1)], max_commit_retries=max_retries)
 
 
 def _failed(uri: str, failure: Exception | None) -> StorageError:

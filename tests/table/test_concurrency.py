@@ -88,26 +88,32 @@ def test_compactions_in_the_middle_of_appends(tmp_path: Path):
     assert find_winners(uri).rows_of_file.tolist() == [17]
 
 
-def create_with(uri: str, revision: str, start, outcomes) -> None:
-    kb = KnowledgeBase.create(uri, FakeEncoder(revision))
-    start.wait()
-    try:
-        kb.upsert([(revision, "p", "v")])
-        outcomes.put((revision, True))
-    except EncoderMismatchError:
-        outcomes.put((revision, False))
+NUM_RACES = 15
 
 
-def test_of_two_creators_with_different_encoders_one_is_refused(tmp_path: Path):
-    uri = str(tmp_path / "kb")
-    start, outcomes = SPAWN.Barrier(2), SPAWN.Queue()
-    creators = [SPAWN.Process(target=create_with, args=(uri, revision, start, outcomes)) for revision in ("r1", "r2")]
+def create_with(folder: str, revision: str, start, outcomes) -> None:
+    won = []
+    for race in range(NUM_RACES):
+        kb = KnowledgeBase.create(f"{folder}/{race}", FakeEncoder(revision))
+        start.wait()
+        try:
+            kb.upsert([(revision, "p", "v")])
+            won.append(True)
+        except EncoderMismatchError:
+            won.append(False)
+    outcomes.put((revision, won))
+
+
+def test_of_creators_with_different_encoders_one_makes_the_table_and_the_others_are_refused(tmp_path: Path):
+    revisions = ["r1", "r2", "r3"]
+    start, outcomes = SPAWN.Barrier(len(revisions)), SPAWN.Queue()
+    creators = [SPAWN.Process(target=create_with, args=(str(tmp_path), name, start, outcomes)) for name in revisions]
     for creator in creators:
         creator.start()
-    done = dict(outcomes.get(timeout=120) for _ in creators)
+    won = dict(outcomes.get(timeout=120) for _ in creators)
     finished(creators)
-    assert sorted(done.values()) == [False, True]
-    winner = next(revision for revision, ok in done.items() if ok)
-    kb = KnowledgeBase.open(uri)
-    assert (kb.version, kb.encoder.revision) == (0, winner)
-    assert kb.snapshot().facts["entity"].to_pylist() == [winner]
+    for race in range(NUM_RACES):
+        winners = [revision for revision in revisions if won[revision][race]]
+        kb = KnowledgeBase.open(str(tmp_path / str(race)))
+        assert (kb.version, [kb.encoder.revision]) == (0, winners)
+        assert kb.snapshot().facts["entity"].to_pylist() == winners
