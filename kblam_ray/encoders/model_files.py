@@ -7,6 +7,7 @@ that starts must not wait for a hub that cannot be reached.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -135,11 +136,15 @@ def _download(name: str, repository: str) -> Path:
         ) from error
 
 
-def require_local() -> None:
+LOCAL_PACKAGES = ("sentence_transformers", "tokenizers", "huggingface_hub")
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+def require_local(packages: Sequence[str] = LOCAL_PACKAGES) -> None:
     """Raise MissingDependencyError where the packages of local encoders are not installed."""
     from importlib.util import find_spec
 
-    for package in ("sentence_transformers", "tokenizers", "huggingface_hub"):
+    for package in packages:
         if find_spec(package) is None:
             raise MissingDependencyError(
                 f"local encoders need the package {package}", help="pip install 'kblam-ray[local]'"

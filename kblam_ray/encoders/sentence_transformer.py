@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kblam_ray.encoders.base import EncodedBatch, Encoder, EncoderSpec
-from kblam_ray.encoders.model_files import canonical_name, fingerprint, locate, require_local
+from kblam_ray.encoders.model_files import ONNX_PACKAGES, canonical_name, fingerprint, locate, require_local
 from kblam_ray.encoders.onnx_bundle import BundleCache, OnnxBundle, Precision, default_cache, export, quantize
 from kblam_ray.encoders.revision import default_prompt, revision_of, revision_of_model
 from kblam_ray.encoders.settings import EncoderSettings
@@ -158,6 +158,7 @@ def _cache(settings: EncoderSettings) -> BundleCache:
 
 
 def _load_onnx(settings: EncoderSettings, name: str, precision: Precision) -> Encoder:
+    require_local(ONNX_PACKAGES)
     cache, folder = _cache(settings), locate(name)
     num_threads = settings.num_threads or _omp_threads()
     files = fingerprint(folder)

@@ -30,6 +30,8 @@ def test_specs_without_a_model_load_nothing_heavy() -> None:
         ("hashing", "sklearn.feature_extraction.text", "hashing"),
         ("openai:text-embedding-3-small", "openai", "remote"),
         ("openai:text-embedding-3-small", "orjson", "remote"),
+        ("all-MiniLM-L6-v2", "sentence_transformers", "local"),
+        ("all-MiniLM-L6-v2:int8", "onnxruntime", "local"),
     ],
 )
 def test_a_missing_package_names_its_extra(

@@ -19,7 +19,7 @@ from kblam_ray.table import part as part_module
 from kblam_ray.table.changes import find_changes
 from kblam_ray.table.compact import commit_rewrite, compact, rewrite_files
 from kblam_ray.table.live import find_winners
-from kblam_ray.table.log import TableLog, commit_parts, replace_parts, table_version
+from kblam_ray.table.log import TableLog, commit_parts, replace_parts
 from kblam_ray.table.schema import new_write_id
 from kblam_ray.table.snapshot import read_snapshot
 from kblam_ray.table.vacuum import vacuum
@@ -62,7 +62,7 @@ def test_one_row_per_fact_in_one_sorted_file(uri):
 def test_nothing_to_gain_no_commit(uri):
     assert compact(uri) == 3
     assert compact(uri) == 3
-    assert table_version(uri) == 3
+    assert TableLog.open(uri).version == 3
 
 
 def test_every_older_version_stays_as_it_was(uri):
@@ -175,7 +175,7 @@ def test_a_compaction_of_files_that_another_has_replaced_commits_nothing(uri):
     rewrite = rewrite_files(TableLog.open(uri), **OPTIONS)
     assert compact(uri) == 3
     assert commit_rewrite(uri, rewrite) == 3
-    assert table_version(uri) == 3
+    assert TableLog.open(uri).version == 3
 
 
 def test_a_compaction_that_took_longer_than_delete_rows_stay_is_refused(uri, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_compaction_that_took_longer_than_delete_rows_stay_is_refused(uri, mon
     monkeypatch.setattr(compact_module.time, "time", lambda: late)
     with pytest.raises(StorageError, match="took longer than 144 hours"):
         commit_rewrite(uri, rewrite)
-    assert table_version(uri) == 2
+    assert TableLog.open(uri).version == 2
 
 
 def age(uri: str, path: str, hours: float) -> None:
@@ -196,7 +196,7 @@ def test_vacuum_removes_old_versions_and_keeps_the_newest(uri):
     compact(uri)
     before = contents(read_snapshot(uri))
     assert vacuum(uri, 1) == []
-    assert table_version(uri) == 3
+    assert TableLog.open(uri).version == 3
     assert len(vacuum(uri, 0, allow_short=True)) == 3
     assert contents(read_snapshot(uri)) == before
     with pytest.raises(StorageError, match="no longer exists"):

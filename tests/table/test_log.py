@@ -15,7 +15,7 @@ from rows import INFO, commit_upserts, upsert_part
 from kblam_ray.errors import EncoderMismatchError, InputError, StorageError, TableError, TableNotFoundError
 from kblam_ray.facts.fact import Fact, fact_id
 from kblam_ray.table import log as log_module
-from kblam_ray.table.log import TableLog, commit_parts, newest_updated_at, next_updated_at, table_version
+from kblam_ray.table.log import TableLog, commit_parts, newest_updated_at, next_updated_at
 from kblam_ray.table.schema import SCHEMA, TableInfo, new_write_id
 
 FACTS = [Fact("France", "capital", "Paris"), Fact("Spain", "capital", "Madrid")]
@@ -57,7 +57,7 @@ def test_committing_a_write_again_finds_its_version(uri):
     assert commit_parts(uri, INFO, parts, write_id) == 0
     assert commit_upserts(uri, FACTS[:1], NOW + 1) == 1
     assert commit_parts(uri, INFO, parts, write_id) == 0
-    assert table_version(uri) == 1
+    assert TableLog.open(uri).version == 1
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(uri, monkeypatch):
@@ -70,7 +70,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(uri, monkeypatch):
 
     monkeypatch.setattr(log_module, "_append", append_and_lose_the_answer)
     assert commit_upserts(uri, FACTS[:1], NOW + 1) == 1
-    assert table_version(uri) == 1
+    assert TableLog.open(uri).version == 1
 
 
 def test_a_commit_that_never_lands_is_an_error_and_leaves_the_table(uri, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_commit_that_never_lands_is_an_error_and_leaves_the_table(uri, monkeyp
     monkeypatch.setattr(log_module, "_append", refuse)
     with pytest.raises(StorageError, match=r"disk full.*Help:"):
         commit_upserts(uri, FACTS[:1], NOW + 1)
-    assert table_version(uri) == 0
+    assert TableLog.open(uri).version == 0
 
 
 def test_the_loser_of_the_race_to_create_appends(uri, monkeypatch):
@@ -110,7 +110,7 @@ def test_the_loser_with_another_encoder_is_refused(uri, monkeypatch):
     monkeypatch.setattr(log_module, "_create", lose)
     with pytest.raises(EncoderMismatchError, match=r"revision r2.*revision r1"):
         commit_upserts(uri, FACTS, NOW)
-    assert table_version(uri) == 0
+    assert TableLog.open(uri).version == 0
 
 
 def test_another_identity_rule_is_refused(uri):
