@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from typing import Any
 
 from kblam_ray.errors import InputError, MissingDependencyError, RayStartError
@@ -40,6 +42,7 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
         ) from error
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
+        on_terminate = signal.getsignal(signal.SIGTERM)
         # Workers' prints would land on the driver's stdout, which belongs to the summary line; their errors arrive as
         # exceptions, and all of it is in Ray's log files.
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -64,7 +67,14 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
                 where=f"RAY_ADDRESS={address}" if address else "local Ray",
                 help="unset RAY_ADDRESS to run on this machine alone, or check the cluster with `ray status`",
             ) from error
+        _keep_handler(signal.SIGTERM, on_terminate)
     _quiet_ray_data()
+
+
+def _keep_handler(number: signal.Signals, handler: Any) -> None:
+    """Ray puts its own handler in the place of the job's, and ends the process before the job's last line."""
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
 
 
 def _quiet_ray_data() -> None:

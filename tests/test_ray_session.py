@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from kblam_ray.errors import InputError, RayStartError
@@ -43,6 +45,21 @@ def test_a_local_ray_is_small_and_an_announced_cluster_is_joined(monkeypatch: py
     assert (local["address"], local["num_cpus"], local["object_store_memory"]) == ("local", 2, 10**8)
     assert joined["address"] == "auto"
     assert "num_cpus" not in joined
+
+
+def test_the_jobs_own_way_to_end_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def own(*_: object) -> None: ...
+
+    monkeypatch.setattr(ray, "init", lambda **settings: signal.signal(signal.SIGTERM, lambda *_: None))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        start_ray()
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_running_ray_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

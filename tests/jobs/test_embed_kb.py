@@ -88,6 +88,17 @@ def test_a_driver_killed_before_its_commit_leaves_no_table_and_a_rerun_completes
     assert_holds_exactly(kb, many_facts)
 
 
+def test_a_driver_asked_to_end_says_so_in_its_last_line(tmp_path, many_facts):
+    kb = tmp_path / "kb"
+    job = start_job("embed_kb", *embed_arguments(kb, many_facts))
+    wait_for_spool(kb, job)
+    job.terminate()
+    stdout, stderr = job.communicate(timeout=60)
+    summary = json.loads(stdout.splitlines()[-1])
+    assert (job.returncode, summary["ok"], summary["error"]["code"]) == (143, False, "interrupted"), stderr
+    assert not (kb / "_delta_log").exists()
+
+
 def test_the_same_on_s3_with_two_jobs_at_once(tmp_path, s3_uri):
     left, right = str(tmp_path / "left.jsonl"), f"{s3_uri}/inputs/right.csv"
     write_facts([Fact(f"left {n}", "p", "v") for n in range(200)] + [Fact("both", "p", "v")], left)

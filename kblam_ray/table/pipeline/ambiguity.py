@@ -36,13 +36,17 @@ def find_ambiguous_keys(kb_uri: str, version: int, num_facts: int, written: Writ
     ids, digests, names = written.fact_ids_W, written.key_digests_W, written.key_ids_W
     if num_facts > MAX_COMPARED_FACTS:
         return _compare(ids, names, digests, kb_uri, version)
+    if not len(ids):
+        return Ambiguity(ids, None)
     others = [(ids, names, digests)]
     columns = ["fact_id", "entity", "property", "key_embedding"]
     for rows in read_live(kb_uri, version, columns=columns):
-        rows = rows.filter(pa.array(~np.isin(rows["fact_id"].to_numpy(), ids)))
-        if len(rows):
-            digests_of_rows = key_digests(unpack_embeddings(rows["key_embedding"], dim))
-            others.append((rows["fact_id"].to_numpy(), key_ids(rows), digests_of_rows))
+        digests_of_rows = key_digests(unpack_embeddings(rows["key_embedding"], dim))
+        # Facts of the table that only clash with each other are none of this write's news.
+        met = np.isin(digests_of_rows, digests) & ~np.isin(rows["fact_id"].to_numpy(), ids)
+        if met.any():
+            rows = rows.filter(pa.array(met))
+            others.append((rows["fact_id"].to_numpy(), key_ids(rows), digests_of_rows[met]))
     ids, names, digests = (np.concatenate(arrays) for arrays in zip(*others, strict=True))
     found = _compare(ids, names, digests, kb_uri, version)
     return Ambiguity(found.fact_ids[np.isin(found.fact_ids, written.fact_ids_W)], found.example)
@@ -62,4 +66,5 @@ def _compare(ids: np.ndarray, names: np.ndarray, digests: np.ndarray, kb_uri: st
         for part in read_live(kb_uri, version, columns=["entity", "property"], fact_ids=pair)
         for row in part.to_pylist()
     ]
-    return Ambiguity(ambiguous, (rows[0], rows[-1]))
+    # A later write may have deleted one of the pair, or both, already.
+    return Ambiguity(ambiguous, (rows[0], rows[1]) if len(rows) == 2 else None)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from kblam_ray.encoders import load_encoder
 from kblam_ray.encoders.base import Encoder
 from kblam_ray.table.pipeline.reports import reporting, reports
 from kblam_ray.table.pipeline.scan import TASK_CPUS, Block
-from kblam_ray.table.pipeline.spool import Leftover, read_spool, spool_rows, text_hash, write_spool
+from kblam_ray.table.pipeline.spool import UNREADABLE, Leftover, read_spool, spool_rows, text_hash, write_spool
 from kblam_ray.table.pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -35,8 +34,8 @@ class Spooled:
 
     file: str
     text_ids: np.ndarray
-    num_truncated: int
-    num_unknown: int
+    truncated_ids: np.ndarray
+    unknown_ids: np.ndarray
     truncated_example: str | None = None
     unknown_example: str | None = None
     tokens: int = 0
@@ -59,9 +58,9 @@ class EncodeReport:
 
     def add(self, batch: Spooled) -> None:
         self.spooled.append(batch)
-        self.texts_truncated += batch.num_truncated
+        self.texts_truncated += len(batch.truncated_ids)
         self.truncated_example = self.truncated_example or batch.truncated_example
-        self.texts_with_unknown_tokens += batch.num_unknown
+        self.texts_with_unknown_tokens += len(batch.unknown_ids)
         self.unknown_example = self.unknown_example or batch.unknown_example
         self.tokens += batch.tokens
         self.cost_usd += batch.cost_usd
@@ -93,10 +92,16 @@ def resume_from(leftovers: list[Leftover], work: Work, spool: str, report: Encod
         fn_kwargs={"work_ref": ray.put(work), "spool": spool},
         num_cpus=TASK_CPUS,
     )
+    # Two runs that died may both have embedded a text, the later one by copying from the earlier.
+    is_truncated_D, is_unknown_D = np.zeros((2, len(work.file_D)), bool)
     for copied in reports(copies):
-        report.add(copied)
+        report.spooled.append(copied)
+        is_truncated_D[copied.truncated_ids] = True
+        is_unknown_D[copied.unknown_ids] = True
     work = report.place(work)
-    report.texts_resumed = len(work.file_D) - len(work.unencoded())
+    report.texts_truncated += int(is_truncated_D.sum())
+    report.texts_with_unknown_tokens += int(is_unknown_D.sum())
+    report.texts_resumed += len(work.file_D) - len(work.unencoded())
     return work
 
 
@@ -107,15 +112,16 @@ def _copy_spooled(batch: dict[str, np.ndarray], work_ref: ObjectRef, spool: str)
     work: Work = ray.get(work_ref)
     try:
         rows = read_spool(str(batch["file"][0]))
-    except FileNotFoundError:
-        return None  # Its run finished and cleaned up since we looked: these texts are simply encoded here.
+    except UNREADABLE:
+        return None  # Its texts are simply encoded here.
     text_ids = pc.index_in(rows["text_hash"].combine_chunks(), value_set=work.hashes_D)
     wanted = pc.is_valid(text_ids)
     rows = rows.filter(wanted)
     if not len(rows):
         return None
     ids = text_ids.filter(wanted).to_numpy().astype(np.int64)
-    return Spooled(write_spool(spool, rows), ids, _count(rows, "truncated"), _count(rows, "unknown"))
+    truncated, unknown = (ids[rows[name].to_numpy()] for name in ("truncated", "unknown"))
+    return Spooled(write_spool(spool, rows), ids, truncated, unknown)
 
 
 def encode_texts(
@@ -204,14 +210,10 @@ class _EncodeTexts:
         return Spooled(
             file=write_spool(self.spool, rows),
             text_ids=text_ids,
-            num_truncated=len(encoded.truncated),
-            num_unknown=len(encoded.unknown),
+            truncated_ids=text_ids[encoded.truncated],
+            unknown_ids=text_ids[encoded.unknown],
             truncated_example=texts[encoded.truncated[0]] if encoded.truncated else None,
             unknown_example=texts[encoded.unknown[0]] if encoded.unknown else None,
             tokens=encoded.tokens,
             cost_usd=encoded.cost_usd,
         )
-
-
-def _count(rows: pa.Table, column: str) -> int:
-    return int(rows[column].to_numpy().sum())

@@ -13,6 +13,7 @@ spool keeps finished embeddings for the next run.
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 from typing import Any, Literal
@@ -50,6 +51,9 @@ from kblam_ray.table.schema import TableInfo, delete_rows
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 
+MAX_SYNC_PASSES = 5
+"""A sync that another writer overtook looks again at what the table lacks, at most so often."""
+
 _NOTHING_LIVE = pa.table({"fact_id": pa.array([], pa.int64()), "content_hash": pa.array([], pa.string())})
 
 
@@ -72,10 +76,14 @@ class EmbedSettings(JobConfig, EncoderOptions):
 
 
 def embed(settings: EmbedSettings) -> dict[str, Any]:
-    """Bring the table up to date with the input, in at most one commit; returns the job's summary.
+    """Bring the table up to date with the input; returns the job's summary.
+
+    There is one commit, or none if nothing changed. Only where another writer commits while a sync works, a further
+    commit makes the version that the summary names equal to the input.
 
     Raises:
-        InputError: nothing to read, a bad row (`on_error="fail"`), a wrong encoder or identity for the table.
+        InputError: nothing to read, a bad row (`on_error="fail"`), a wrong encoder or identity for the table, GPUs
+            asked for that are not there.
         StorageError, EncoderError: the machinery failed; the table is as it was.
     """
     kb_uri = storage.normalize(settings.kb)
@@ -83,6 +91,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     log = TableLog.open_if_exists(kb_uri)
     encoder_settings, info = _agree_on_encoder(settings, log)
     start_ray()
+    _refuse_missing_gpus(settings.gpus_per_worker)
     return _run(settings, kb_uri, Scan(files, info.identity), log, encoder_settings, info)
 
 
@@ -95,10 +104,9 @@ def _run(
     info: TableInfo,
 ) -> dict[str, Any]:
     scan.refuse_rejected(settings.on_error)
-    run_id = uuid.uuid4().hex
-    version = log.version if log else None
+    previous = version = log.version if log else None
     live = live_index(kb_uri, version) if log else _NOTHING_LIVE
-    plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version)
+    first = plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version)
     if settings.mode == "sync" and not len(scan.index):
         raise InputError(
             "the input holds no facts, so --mode sync would delete the whole table",
@@ -107,34 +115,47 @@ def _run(
         )
     rejected_path = None
     if scan.num_rejected:
-        rejected_path = f"{kb_uri}.rejected/{run_id}.jsonl"
+        rejected_path = f"{kb_uri}.rejected/{uuid.uuid4().hex}.jsonl"
         write_rejected(scan.rejected(), rejected_path)
         _say(f"{scan.num_rejected} rows rejected: {rejected_path}")
 
     report = EncodeReport()
-    new_version, ambiguous = version, 0
-    if not plan.is_empty:
-        new_version, written = _write(settings, kb_uri, scan, plan, encoder_settings, info, run_id, report, version)
-        ambiguous = _report_ambiguity(kb_uri, new_version, len(live) + len(plan.added), written, info.encoder)
+    added = changed = deleted = ambiguous = passes = 0
+    num_facts = len(live)
+    while not plan.is_empty:
+        passes += 1
+        base = version
+        version, written = _write(settings, kb_uri, scan, plan, encoder_settings, info, report, base)
+        added, changed = added + len(plan.added), changed + len(plan.changed)
+        deleted += len(plan.deleted_ids)
+        num_facts = len(live) + len(plan.added) - len(plan.deleted_ids)
+        ambiguous += _report_ambiguity(kb_uri, version, num_facts, written, info.encoder)
+        if version == (0 if base is None else base + 1):
+            break
+        # Another writer committed in between.
+        live = live_index(kb_uri, version)
+        num_facts = len(live)
+        if settings.mode == "upsert":
+            break
+        if passes == MAX_SYNC_PASSES:
+            _say(f"the table is not equal to the input: others wrote to it during each of {passes} attempts")
+            break
+        plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version)
     _say_what_was_noticed(report)
-    committed = new_version != version
-    num_facts = len(live) + len(plan.added) - len(plan.deleted_ids)
-    if committed and new_version != (0 if version is None else version + 1):
-        num_facts = len(live_index(kb_uri, new_version))  # another writer committed in between
     return {
         "kb": kb_uri,
-        "version": new_version,
-        "previous_version": version,
-        "committed": committed,
+        "version": version,
+        "previous_version": previous,
+        "committed": version != previous,
         "mode": settings.mode,
         "rows_read": scan.num_rows,
         "rows_rejected": scan.num_rejected,
         "rejected_path": rejected_path,
-        "duplicates": plan.duplicates,
-        "added": len(plan.added),
-        "changed": len(plan.changed),
-        "deleted": len(plan.deleted_ids),
-        "unchanged": plan.unchanged,
+        "duplicates": first.duplicates,
+        "added": added,
+        "changed": changed,
+        "deleted": deleted,
+        "unchanged": first.unchanged,
         "texts_embedded": report.texts_embedded,
         "texts_resumed": report.texts_resumed,
         "texts_truncated": report.texts_truncated,
@@ -183,16 +204,16 @@ def _write(
     plan: WritePlan,
     encoder_settings: EncoderSettings,
     info: TableInfo,
-    run_id: str,
     report: EncodeReport,
     version: int | None,
 ) -> tuple[int, WrittenFacts]:
     """Encode, write and commit; returns the version that holds the write, and what was written."""
-    dim = info.encoder.dim
+    dim, run_id = info.encoder.dim, uuid.uuid4().hex
     own_spool = spool.spool_uri(kb_uri, info.encoder, run_id)
     leftovers = spool.find_leftovers(kb_uri, info.encoder)
     written = NO_FACTS
     work = None
+    report.spooled.clear()
     if len(plan.written):
         work = plan_work(scan.index, plan.written)
         work = resume_from(leftovers, work, own_spool, report)
@@ -203,9 +224,7 @@ def _write(
     parts = [*written.parts, *_delete_parts(kb_uri, version, plan, stamp)]
     new_version = commit_parts(kb_uri, info, parts, run_id)
     spool.remove_spool(own_spool)
-    for leftover in leftovers:
-        if leftover.idle_s > spool.ABANDONED_S:
-            spool.remove_spool(leftover.uri)
+    spool.remove_used_up(leftovers, work.hashes_D if work else None)
     return new_version, written
 
 
@@ -229,6 +248,19 @@ def _delete_parts(kb_uri: str, version: int | None, plan: WritePlan, stamp: Stam
         for rows in read_live(kb_uri, version, columns=columns, fact_ids=plan.deleted_ids)
         if len(rows)
     ]
+
+
+def _refuse_missing_gpus(gpus_per_worker: float) -> None:
+    """A local Ray never gets more GPUs than it has, and would wait for them forever; a cluster may grow."""
+    import ray
+
+    found = ray.cluster_resources().get("GPU", 0)
+    if gpus_per_worker > found and not os.environ.get("RAY_ADDRESS"):
+        raise InputError(
+            f"{gpus_per_worker:g} GPUs for each worker, and Ray finds {found:g} here",
+            where="--gpus-per-worker",
+            help="run where the GPUs are, or leave the flag out to encode on CPUs",
+        )
 
 
 def _pool(settings: EmbedSettings) -> Pool:

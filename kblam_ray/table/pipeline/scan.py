@@ -8,6 +8,7 @@ and the driver decides what a bad row means.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kblam_ray.errors import BadRowError
+from kblam_ray.errors import BadRowError, KblamError
 from kblam_ray.facts import InputFile, RejectedRow, read_facts
 from kblam_ray.facts.fact import Fact, Identity, key_text
 from kblam_ray.table.pipeline.spool import text_hash
@@ -33,9 +34,11 @@ SCANNED_SCHEMA = pa.schema(
         ("key_hash", pa.binary(16)),
         ("value_hash", pa.binary(16)),
         ("rejected", pa.string()),
+        ("failure", pa.binary()),
     ]
 )
-"""A row of input. `seq` is its place in the whole input; `rejected` is JSON and excludes all but `seq`."""
+"""A row of input. `seq` is its place in the whole input; `rejected` is JSON and excludes all but `seq`, and so does
+`failure`, the pickled error of a worker that could not read on."""
 
 INDEXED_SCHEMA = pa.schema(
     [
@@ -66,6 +69,9 @@ class Scan:
         blocks: the rows, as tables of SCANNED_SCHEMA.
         index: the facts in input order: INDEX_SCHEMA, the hashes of both texts, `block` and `row` in that block.
         num_rejected: rows that are no facts.
+
+    Raises:
+        StorageError: a file cannot be read.
     """
 
     def __init__(self, files: Sequence[InputFile], identity: Identity) -> None:
@@ -91,6 +97,8 @@ class Scan:
         index = [INDEXED_SCHEMA.empty_table()]
         for number, ref in enumerate(self.blocks):
             block = ray.get(ref)
+            for failure in block["failure"].drop_null().to_pylist():
+                raise pickle.loads(failure)
             is_fact = pc.is_null(block["rejected"])
             row = np.flatnonzero(is_fact.to_numpy()).astype(np.int32)
             self.num_rejected += len(block) - len(row)
@@ -167,17 +175,21 @@ def _scan_file(batch: pa.Table, files: Sequence[InputFile], identity: Identity) 
     number = batch["file"][0].as_py()
     chunk: list[Fact | RejectedRow] = []
     start, chars = number << FILE_SHIFT, 0
-    for item in read_facts(files[number]):
-        if isinstance(item, RejectedRow):
-            chunk.append(item)
-        else:
-            chunk.append(item.fact)
-            chars += len(item.fact.entity) + len(item.fact.property) + len(item.fact.value)
-        if len(chunk) == ROWS_PER_CHUNK or chars > CHARS_PER_CHUNK:
-            yield _as_block(chunk, start, identity)
-            start, chars = start + len(chunk), 0
-            chunk = []
-    yield _as_block(chunk, start, identity)
+    try:
+        for item in read_facts(files[number]):
+            if isinstance(item, RejectedRow):
+                chunk.append(item)
+            else:
+                fact = item.fact
+                chunk.append(fact)
+                chars += len(fact.entity) + len(fact.property) + len(fact.value) + len(fact.metadata or "")
+            if len(chunk) == ROWS_PER_CHUNK or chars > CHARS_PER_CHUNK:
+                yield _as_block(chunk, start, identity)
+                start, chars = start + len(chunk), 0
+                chunk = []
+        yield _as_block(chunk, start, identity)
+    except KblamError as error:
+        yield _empty_rows([start], failure=[pickle.dumps(error)])
 
 
 def _as_block(chunk: list[Fact | RejectedRow], start: int, identity: Identity) -> pa.Table:
@@ -193,12 +205,20 @@ def _as_block(chunk: list[Fact | RejectedRow], start: int, identity: Identity) -
         "key_hash": [text_hash(key_text(fact.entity, fact.property)) for fact in facts],
         "value_hash": [text_hash(fact.value) for fact in facts],
         "rejected": pa.nulls(len(facts), pa.string()),
+        "failure": pa.nulls(len(facts), pa.binary()),
     }
     block = pa.table([columns[name] for name in SCANNED_SCHEMA.names], schema=SCANNED_SCHEMA)
     rejected = [(start + place, row) for place, row in enumerate(chunk) if isinstance(row, RejectedRow)]
     if not rejected:
         return block
-    bad = {name: pa.nulls(len(rejected), SCANNED_SCHEMA.field(name).type) for name in SCANNED_SCHEMA.names}
-    bad["seq"] = pa.array([seq for seq, _ in rejected], pa.int64())
-    bad["rejected"] = pa.array([json.dumps(asdict(row)) for _, row in rejected], pa.string())
-    return pa.concat_tables([block, pa.table(bad, schema=SCANNED_SCHEMA)])
+    reasons = [json.dumps(asdict(row)) for _, row in rejected]
+    return pa.concat_tables([block, _empty_rows([seq for seq, _ in rejected], rejected=reasons)])
+
+
+def _empty_rows(seq: list[int], **columns: list) -> pa.Table:
+    """Rows of SCANNED_SCHEMA with only `seq` and the given columns."""
+    given = {"seq": seq, **columns}
+    return pa.table(
+        [pa.array(given.get(field.name, [None] * len(seq)), field.type) for field in SCANNED_SCHEMA],
+        schema=SCANNED_SCHEMA,
+    )

@@ -17,6 +17,7 @@ from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -31,7 +32,10 @@ SPOOL_SCHEMA = pa.schema(
 SPOOL = "_spool"
 
 ABANDONED_S = 3_600
-"""A spool without a new file for this long, all of whose use was copied, belongs to a run that died."""
+"""A spool without a new file for this long belongs to a run that died; it goes once all its texts are committed."""
+
+UNREADABLE = (OSError, pa.ArrowInvalid)
+"""What reading a spool file of another run raises: the run removed it, or a crash or a full disk damaged it."""
 
 RETENTION_S = 7 * 86_400
 """A spool that nobody continued within this time is removed."""
@@ -114,16 +118,37 @@ def find_leftovers(kb_uri: str, encoder: EncoderSpec | None = None) -> list[Left
     return sorted(leftovers, key=lambda leftover: -leftover.idle_s)
 
 
+def remove_used_up(leftovers: Sequence[Leftover], hashes: pa.Array | None) -> None:
+    """Remove the abandoned ones of `leftovers` that hold no other text than those of `hashes`, and the old ones."""
+    for leftover in leftovers:
+        used_up = hashes is not None and leftover.idle_s > ABANDONED_S and _holds_only(leftover, hashes)
+        if used_up or leftover.idle_s > RETENTION_S:
+            remove_spool(leftover.uri)
+
+
+def _holds_only(leftover: Leftover, hashes: pa.Array) -> bool:
+    for file in leftover.files:
+        try:
+            found = read_spool(file, ["text_hash"])["text_hash"]
+        except UNREADABLE:
+            continue
+        if not pc.all(pc.is_in(found, value_set=hashes)).as_py():
+            return False
+    return True
+
+
 def remove_old_spools(kb_uri: str) -> None:
     """Remove the spools that no run has continued within RETENTION_S."""
-    for leftover in find_leftovers(kb_uri):
-        if leftover.idle_s > RETENTION_S:
-            remove_spool(leftover.uri)
+    remove_used_up(find_leftovers(kb_uri), None)
 
 
 def remove_spool(uri: str) -> None:
     """Remove a run's spool directory; one that is gone already is no error."""
     filesystem, path = storage.filesystem(uri)
     with storage.storage_errors(uri):
-        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+        try:
             filesystem.delete_dir(path)
+        except OSError:
+            # Another run that cleans up may be faster.
+            if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+                raise

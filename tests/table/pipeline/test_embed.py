@@ -10,9 +10,17 @@ import pytest
 
 from kblam_ray import Fact, KnowledgeBase
 from kblam_ray.encoders import load_encoder
-from kblam_ray.errors import BadRowError, EncoderMismatchError, FactIdCollisionError, InputError, TableError
+from kblam_ray.encoders.base import EncodedBatch
+from kblam_ray.errors import (
+    BadRowError,
+    EncoderMismatchError,
+    FactIdCollisionError,
+    InputError,
+    StorageError,
+    TableError,
+)
 from kblam_ray.facts.fact import fact_id, key_text
-from kblam_ray.table.pipeline import run
+from kblam_ray.table.pipeline import run, spool
 from kblam_ray.table.pipeline.run import EmbedSettings, embed
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -29,6 +37,18 @@ def row(entity: str, name: str, value: str, **extra: str) -> dict:
 
 def embed_hashing(kb: Path, *inputs: str, **settings) -> dict:
     return embed(EmbedSettings(kb=str(kb), input=list(inputs), encoder="hashing:64", num_workers=2, **settings))
+
+
+def embed_until_commit(kb: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies when all is embedded and nothing committed."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "commit_parts", die)
+        with pytest.raises(KeyboardInterrupt):
+            embed_hashing(kb, source)
 
 
 def contents(kb: Path, version: int | None = None) -> dict[tuple[str, str], str]:
@@ -169,19 +189,100 @@ def test_facts_that_share_a_key_embedding_are_counted(tmp_path, capsys):
     later = [row("f", "d of e", "2")]
     embed_hashing(kb, write(tmp_path / "b.jsonl", [row("e of f", "d", "1")]))
     assert embed_hashing(kb, write(tmp_path / "c.jsonl", later))["ambiguous_keys"] == 1
+    capsys.readouterr()
+    assert embed_hashing(kb, write(tmp_path / "d.jsonl", [row("clear", "p", "1")]))["ambiguous_keys"] == 0
+    assert "share a key embedding" not in capsys.readouterr().err
 
 
 def test_a_run_that_died_before_its_commit_is_continued(tmp_path, monkeypatch):
     kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", CITIES)
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "commit_parts", die)
-        with pytest.raises(KeyboardInterrupt):
-            embed_hashing(kb, source)
+    embed_until_commit(kb, source, monkeypatch)
     summary = embed_hashing(kb, source)
     assert summary["version"] == 0
     assert (summary["texts_embedded"], summary["texts_resumed"]) == (0, 141)
     assert contents(kb) == {(r["entity"], r["property"]): r["value"] for r in CITIES}
+
+
+def test_damaged_leftovers_of_a_dead_run_are_embedded_anew(tmp_path, monkeypatch):
+    kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", CITIES)
+    embed_until_commit(kb, source, monkeypatch)
+    empty, cut, *_ = kb.glob("_spool/*/*/*.parquet")
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:100])
+    summary = embed_hashing(kb, source)
+    assert summary["texts_embedded"] + summary["texts_resumed"] == 141
+    assert 0 < summary["texts_resumed"] < 141
+    assert contents(kb) == {(r["entity"], r["property"]): r["value"] for r in CITIES}
+
+
+def test_a_dead_runs_texts_are_kept_until_a_run_has_used_them_all(tmp_path, monkeypatch):
+    kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", [row("x", "p", "v"), row("y", "p", "w")])
+    embed_until_commit(kb, source, monkeypatch)
+    monkeypatch.setattr(spool, "ABANDONED_S", 0)
+    embed_hashing(kb, write(tmp_path / "other.jsonl", [row("z", "p", "v")]))
+    assert len(spool.find_leftovers(str(kb))) == 1
+    assert embed_hashing(kb, source)["texts_embedded"] == 0
+    assert not spool.find_leftovers(str(kb))
+
+
+def test_what_two_dead_runs_noticed_of_one_text_counts_once(tmp_path):
+    kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", [row("x", "p", "v")])
+    spec = load_encoder("hashing:64").spec
+    noticed = EncodedBatch(np.ones((1, 64), np.float32), truncated=[0], unknown=[0])
+    for run_id in ("earlier", "later"):
+        spool.write_spool(spool.spool_uri(str(kb), spec, run_id), spool.spool_rows([spool.text_hash("v")], noticed))
+    summary = embed_hashing(kb, source)
+    assert (summary["texts_resumed"], summary["texts_embedded"]) == (1, 1)
+    assert (summary["texts_truncated"], summary["texts_with_unknown_tokens"]) == (1, 1)
+
+
+def overtaken(monkeypatch: pytest.MonkeyPatch, *writes) -> None:
+    """Let other writers commit while a run works: each of `writes` before the commit of one pass."""
+    pending, stamp = list(writes), run.next_updated_at
+
+    def stamp_and_write(kb_uri: str) -> int:
+        if pending:
+            pending.pop(0)()
+        return stamp(kb_uri)
+
+    monkeypatch.setattr(run, "next_updated_at", stamp_and_write)
+
+
+def test_a_sync_that_is_overtaken_makes_the_table_equal_to_its_input(tmp_path, monkeypatch):
+    kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", CITIES)
+    embed_hashing(kb, source)
+    other = KnowledgeBase.open(str(kb))
+    overtaken(
+        monkeypatch,
+        lambda: other.upsert([Fact("City 1", "mayor", "an intruder"), Fact("Atlantis", "mayor", "Plato")]),
+        lambda: other.delete([("City 2", "mayor")]),
+    )
+    wanted = [*CITIES[1:], row("new", "p", "v")]
+    summary = embed_hashing(kb, write(tmp_path / "b.jsonl", wanted), mode="sync")
+    assert contents(kb, summary["version"]) == {(r["entity"], r["property"]): r["value"] for r in wanted}
+    assert (summary["previous_version"], summary["version"], summary["num_facts"]) == (0, 5, 120)
+    assert (summary["added"], summary["changed"], summary["deleted"]) == (2, 1, 2)
+
+
+def test_an_upsert_that_is_overtaken_takes_nothing_from_the_other_writer(tmp_path, monkeypatch):
+    kb = tmp_path / "kb"
+    embed_hashing(kb, write(tmp_path / "a.jsonl", CITIES))
+    other = KnowledgeBase.open(str(kb))
+    overtaken(monkeypatch, lambda: other.upsert([Fact("Atlantis", "mayor", "Plato")]))
+    summary = embed_hashing(kb, write(tmp_path / "b.jsonl", [row("new", "p", "v")]))
+    assert (summary["version"], summary["num_facts"]) == (2, 122)
+    assert contents(kb)["Atlantis", "mayor"] == "Plato"
+
+
+def test_an_input_that_cannot_be_read_on_a_worker_is_a_storage_error(tmp_path, monkeypatch):
+    source = Path(write(tmp_path / "a.jsonl", CITIES))
+    found = run.expand_inputs([str(source)])
+    source.unlink()
+    monkeypatch.setattr(run, "expand_inputs", lambda _: found)
+    with pytest.raises(StorageError, match=r"a\.jsonl"):
+        embed_hashing(tmp_path / "kb", str(source))
+
+
+def test_gpus_that_a_local_ray_does_not_have_are_refused_and_not_waited_for(tmp_path):
+    with pytest.raises(InputError, match=r"GPUs for each worker.*--gpus-per-worker"):
+        embed_hashing(tmp_path / "kb", write(tmp_path / "a.jsonl", CITIES), gpus_per_worker=64)
