@@ -45,6 +45,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python jobs/benchmark.py encode
+	$(BIN)/python jobs/benchmark.py load
+	$(BIN)/python jobs/benchmark.py embed --num-facts 100000 --workers 1 --workers 2
 
 clean:
 	rm -rf $(VENV) demo-kb build *.egg-info

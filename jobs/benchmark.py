@@ -2,6 +2,7 @@
 
 encode: sentences per second of the local encoder against SentenceTransformer.encode, on one core
 embed:  the whole embedding job: facts per second by number of workers, peak memory of every process
+load:   a table's embeddings into memory, against lists of float32 in Parquet and against .npy files
 """
 
 import sys
@@ -11,11 +12,13 @@ from typing import Any
 from kblam_ray.encoders.benchmark import EncodeBenchmark, benchmark_encode
 from kblam_ray.errors import InputError
 from kblam_ray.job import JobConfig, main
+from kblam_ray.table.benchmark import LoadBenchmark, benchmark_load
 from kblam_ray.table.pipeline.benchmark import EmbedBenchmark, benchmark_embed
 
 BENCHMARKS: dict[str, tuple[type[JobConfig], Callable[[Any], dict[str, Any]]]] = {
     "encode": (EncodeBenchmark, benchmark_encode),
     "embed": (EmbedBenchmark, benchmark_embed),
+    "load": (LoadBenchmark, benchmark_load),
 }
 
 
