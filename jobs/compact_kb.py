@@ -12,10 +12,12 @@ from typing import Any
 from pydantic import Field
 
 from kblam_ray import KnowledgeBase
+from kblam_ray.errors import InputError
 from kblam_ray.job import JobConfig, main
 from kblam_ray.table.compact import RETENTION_H, TARGET_FILE_BYTES
 from kblam_ray.table.log import TableLog
 from kblam_ray.table.pipeline.spool import remove_old_spools
+from kblam_ray.table.vacuum import MIN_RETENTION_H
 
 
 class CompactSettings(JobConfig):
@@ -31,6 +33,13 @@ class CompactSettings(JobConfig):
 
 
 def compact(settings: CompactSettings) -> dict[str, Any]:
+    if settings.vacuum and settings.retention_h < MIN_RETENTION_H and not settings.allow_short_retention:
+        # Before anything is compacted: wrong settings leave the table as it is.
+        raise InputError(
+            f"a retention of {settings.retention_h} hours",
+            where="--retention-h",
+            help=f"give at least {MIN_RETENTION_H}, or --allow-short-retention if nothing else uses the table now",
+        )
     kb = KnowledgeBase.open(settings.kb)
     previous, files_before = kb.version, len(TableLog.open(kb.uri).files)
     # Less than the default would let a write that began before a delete bring the fact back.
