@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-full check bench clean
+.PHONY: help setup demo test test-full check bench clean
 .DEFAULT_GOAL := help
 
 help:
