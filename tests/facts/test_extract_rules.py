@@ -114,6 +114,14 @@ def test_markdown_pairs_belong_to_the_nearest_heading_that_names_something() -> 
     assert [each.position["line"] for each in parse("a.md", text).findings] == [3, 4, 8, 12]
 
 
+def test_front_matter_without_a_title_is_about_the_main_heading() -> None:
+    assert triples("docs/index.md", "---\nowner: Ada\n---\n# Atlas Pump\n\nWeight: 3 kg\n") == [
+        ("Atlas Pump", "owner", "Ada"),
+        ("Atlas Pump", "Weight", "3 kg"),
+    ]
+    assert triples("docs/fan.md", "---\nowner: Ada\n---\n# Overview\n") == [("fan", "owner", "Ada")]
+
+
 def test_markdown_tables() -> None:
     text = (
         "# Karo\n\n| Property | Value |\n|--|--|\n| Founded | 1931 |\n| Seat | - |\n\n"

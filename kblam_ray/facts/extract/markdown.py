@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kblam_ray.errors import MissingDependencyError
@@ -39,10 +40,20 @@ def parse_markdown(data: bytes, uri: str) -> Parsed:
         ) from error
     text = decode(data, uri)
     front, front_lines, body = split_front_matter(text, uri)
-    title = front_matter_title(front) or stem_title(uri)
     tokens = MarkdownIt("commonmark").enable("table").use(deflist_plugin).parse(body)
+    title = front_matter_title(front) or _main_heading(tokens) or stem_title(uri)
     walk = _Walk(tokens, title)
     return Parsed(title, text, front_matter_findings(front, title, front_lines) + walk.findings())
+
+
+def _main_heading(tokens: Sequence[Token]) -> str | None:
+    """The first heading of the highest level, if it names something: what a page without a title is about."""
+    for token, inline in pairwise(tokens):
+        if token.type == "heading_open" and token.tag == "h1":
+            headings = Headings("")
+            headings.open(1, _plain(inline))
+            return headings.entity
+    return None
 
 
 class _Walk:
