@@ -39,6 +39,11 @@ def locate(name: str) -> Path:
     """
     name = canonical_name(name)
     if name != MINILM and Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in ("modules.json", "config.json")):
+            # Told before every file in it is read for its fingerprint.
+            raise EncoderNotFoundError(
+                "a folder without a model", where=name, help="give the folder that holds modules.json or config.json"
+            )
         return Path(name)
     if name.startswith((".", "/", "~")):
         raise EncoderNotFoundError(

@@ -285,6 +285,10 @@ def test_a_hub_that_cannot_be_reached() -> None:
 
 
 def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere.json")
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(EncoderNotFoundError, match="a folder without a model"):
+        load_encoder(str(tmp_path), device="cpu", cache_dir=str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EncoderNotFoundError, match="not a usable"):
         load_encoder(str(tmp_path), device="cpu", cache_dir=str(tmp_path / "cache"))
