@@ -18,7 +18,7 @@ from kblam_ray.errors import DataFileGoneError
 from kblam_ray.table.commits import read_commits
 from kblam_ray.table.live import Winners, combined, find_winners, resolve
 from kblam_ray.table.log import TableLog
-from kblam_ray.table.part import open_part
+from kblam_ray.table.part import open_part, part_errors
 from kblam_ray.table.snapshot import Snapshot
 
 
@@ -91,7 +91,7 @@ def _ids_in(uri: str, paths: set[str]) -> np.ndarray | None:
             part = open_part(files, root, path)
         except DataFileGoneError:
             return None
-        with storage.storage_errors(uri):
+        with part_errors(f"{root}/{path}"):
             ids.append(part.read(columns=["fact_id"])["fact_id"].to_numpy())
     return np.unique(np.concatenate(ids))
 

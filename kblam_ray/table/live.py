@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from kblam_ray import storage
 from kblam_ray.table.log import DataFile, TableLog, as_log
-from kblam_ray.table.part import in_order, open_part
+from kblam_ray.table.part import in_order, open_part, part_errors
 from kblam_ray.table.schema import FACT_COLUMNS, SCHEMA, UPSERT
 
 LIVE_FACTS_SQL = """\
@@ -108,7 +108,7 @@ class Winners:
 
         def read(task: tuple[pq.ParquetFile, int, np.ndarray, np.ndarray]) -> tuple[np.ndarray, pa.Table]:
             file, group, at, rows = task
-            with storage.storage_errors(self.log.uri):
+            with part_errors(f"{root}/{self.paths[self.file_M[at[0]]]}"):
                 table = _typed(file.read_row_group(group, columns=list(columns)), columns)
             return at, table if len(rows) == len(table) else table.take(pa.array(rows))
 
@@ -144,10 +144,15 @@ def find_winners(table: str | TableLog, version: int | None = None, *, fact_ids:
 def resolve(log: TableLog, sources: Sequence[DataFile], wanted: np.ndarray | None = None) -> Winners:
     """Apply the rule to the rows of some of a version's files. `wanted`: ascending ids to keep, None for all."""
     files, root = storage.filesystem(log.uri)
+
+    def scan(source: DataFile) -> tuple[pa.Table, np.ndarray]:
+        with part_errors(f"{root}/{source.path}"):
+            return _scan(open_part(files, root, source.path), wanted)
+
     with ThreadPoolExecutor(_READERS) as pool:
-        scans = list(pool.map(lambda file: _scan(open_part(files, root, file.path), wanted), sources))
+        scans = list(pool.map(scan, sources))
     empty = pa.table({name: [] for name in _RULE_COLUMNS}, schema=_RULE_SCHEMA)
-    rows = pa.concat_tables([empty, *(scan for scan, _ in scans)])
+    rows = pa.concat_tables([empty, *(rows for rows, _ in scans)])
     ids_N = rows["fact_id"].to_numpy()
     updated_at_N = rows["updated_at"].cast(pa.int64()).to_numpy()
     writes_N = combined(rows["write_id"])
@@ -155,7 +160,7 @@ def resolve(log: TableLog, sources: Sequence[DataFile], wanted: np.ndarray | Non
     rank_of_code = np.argsort(np.argsort(np.asarray(writes_N.dictionary.to_pylist(), dtype=object), kind="stable"))
     rank_N = rank_of_code[writes_N.indices.to_numpy()] if len(ids_N) else np.empty(0, np.int64)
     win_M = winning_rows(ids_N, updated_at_N, rank_N)
-    rows_of_file = np.array([len(scan) for scan, _ in scans], np.int64)
+    rows_of_file = np.array([len(numbers) for _, numbers in scans], np.int64)
     file_N = np.repeat(np.arange(len(scans), dtype=np.int32), rows_of_file)
     row_N = np.concatenate([np.empty(0, np.int64), *(numbers for _, numbers in scans)])
     return Winners(
@@ -231,8 +236,7 @@ def _scan(file: pq.ParquetFile, wanted: np.ndarray | None) -> tuple[pa.Table, np
     if wanted is not None:
         column = file.schema_arrow.names.index("fact_id")
         groups = [group for group in groups if _group_may_hold(wanted, metadata.row_group(group).column(column))]
-    with storage.storage_errors("a data file"):
-        table = file.read_row_groups(groups, columns=_RULE_COLUMNS, use_threads=False)
+    table = file.read_row_groups(groups, columns=_RULE_COLUMNS, use_threads=False)
     rows = table.select(_RULE_COLUMNS).cast(_RULE_SCHEMA)
     numbers = np.concatenate(
         [np.empty(0, np.int64), *(np.arange(starts[group], starts[group] + sizes[group]) for group in groups)]

@@ -22,7 +22,7 @@ from kblam_ray import storage
 from kblam_ray.errors import InputError, StorageError, TableError, TableNotFoundError
 from kblam_ray.table.commits import find_write
 from kblam_ray.table.opening import check_location, open_delta, read_info, reason
-from kblam_ray.table.part import PartFile, is_own_name, open_part
+from kblam_ray.table.part import PartFile, is_own_name, open_part, part_errors
 from kblam_ray.table.schema import SCHEMA, TableInfo
 
 WRITE_WINDOW_H = 144
@@ -100,7 +100,8 @@ class TableLog:
 
     def _read_newest(self, file: DataFile) -> int:
         files, root = storage.filesystem(self.uri)
-        times = open_part(files, root, file.path).read(columns=["updated_at"])["updated_at"]
+        with part_errors(f"{root}/{file.path}"):
+            times = open_part(files, root, file.path).read(columns=["updated_at"])["updated_at"]
         return pc.max(times.cast(SCHEMA.field("updated_at").type).cast(pa.int64())).as_py() or 0
 
     def holds(self, write_id: str) -> bool:

@@ -54,8 +54,10 @@ def open_delta(uri: str, version: int | None) -> deltalake.DeltaTable:
 
 def _open_newest(uri: str) -> deltalake.DeltaTable:
     missing = TableNotFoundError("there is no table", where=uri, help="check the URI; the first facts create the table")
-    if not storage.is_s3(uri) and not (Path(uri) / "_delta_log").is_dir():
-        raise missing
+    if not storage.is_s3(uri):
+        with storage.storage_errors(uri):
+            if not (Path(uri) / "_delta_log").is_dir():
+                raise missing
     with delta_errors(uri):
         try:
             return deltalake.DeltaTable(uri, storage_options=storage.delta_storage_options(uri))

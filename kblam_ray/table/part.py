@@ -6,6 +6,8 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -97,22 +99,29 @@ def open_part(files: pafs.FileSystem, root: str, path: str) -> pq.ParquetFile:
         StorageError: the file is damaged, or the store does not answer.
     """
     place = f"{root}/{path}"
+    with part_errors(place):
+        local = isinstance(files, pafs.LocalFileSystem)
+        return pq.ParquetFile(
+            place if local else files.open_input_file(place),
+            memory_map=local,
+            pre_buffer=not local,
+            read_dictionary=["op", "write_id"],
+        )
+
+
+@contextmanager
+def part_errors(place: str) -> Iterator[None]:
+    """Turn whatever goes wrong while the committed file at `place` is opened or read into our errors."""
     with storage.storage_errors(place):
         try:
-            local = isinstance(files, pafs.LocalFileSystem)
-            return pq.ParquetFile(
-                place if local else files.open_input_file(place),
-                memory_map=local,
-                pre_buffer=not local,
-                read_dictionary=["op", "write_id"],
-            )
+            yield
         except FileNotFoundError as error:
             raise DataFileGoneError(
                 "a data file of this version no longer exists",
                 where=place,
                 help="vacuum removes the files of old versions after its retention: open a newer version",
             ) from error
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, KeyError) as error:
             raise StorageError(
                 f"a data file is damaged: {error}", where=place, help="restore the file from a backup"
             ) from error

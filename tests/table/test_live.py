@@ -18,7 +18,7 @@ from kblam_ray.facts.fact import Fact, content_hash, fact_id
 from kblam_ray.table import part as part_module
 from kblam_ray.table.live import LIVE_FACTS_SQL, find_winners, live_index, read_live, winning_rows
 from kblam_ray.table.log import TableLog, commit_parts
-from kblam_ray.table.schema import FACT_COLUMNS
+from kblam_ray.table.schema import FACT_COLUMNS, SCHEMA
 from kblam_ray.table.snapshot import read_snapshot
 
 NOW = time.time_ns() // 1_000
@@ -159,6 +159,29 @@ def test_a_damaged_data_file_is_named(many):
     (Path(uri) / path).write_bytes(b"not parquet at all")
     with pytest.raises(StorageError, match=f"damaged.*{path}"):
         read_snapshot(uri)
+
+
+@pytest.mark.parametrize("column", ["updated_at", "value", "key_embedding"])
+@pytest.mark.parametrize("kept_bytes", [0, 60])
+def test_a_data_file_with_a_damaged_page_is_named(many, column, kept_bytes):
+    """The footer is whole, so that the damage shows only when the column is read."""
+    uri, _ = many
+    path = TableLog.open(uri, 0).files[0].path
+    file = Path(uri) / path
+    number = SCHEMA.names.index(column)
+    chunk = part_module.pq.ParquetFile(file).metadata.row_group(0).column(number)
+    content = bytearray(file.read_bytes())
+    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    end = start + chunk.total_compressed_size
+    content[start + kept_bytes : end] = b"\xff" * (end - start - kept_bytes)
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=path):
+        read_everything(uri)
+
+
+def read_everything(uri: str) -> None:
+    snapshot = read_snapshot(uri)
+    assert len(snapshot.facts) == len(snapshot.key_embeddings_MP)
 
 
 def test_embeddings_of_another_width_are_refused(tmp_path):

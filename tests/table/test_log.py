@@ -193,6 +193,11 @@ def test_locations_that_deltalake_would_misread_are_refused(tmp_path, name):
         TableLog.open(f"{tmp_path}/{name}")
 
 
+def test_a_place_that_cannot_be_looked_at_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError, match=r"File name too long.*Help:"):
+        TableLog.open(str(tmp_path / ("a" * 300)))
+
+
 def test_an_unwritable_target_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"cannot read or write.*Help:"):
