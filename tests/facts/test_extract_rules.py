@@ -230,10 +230,22 @@ def test_html_cells_that_span_rows_and_columns() -> None:
 def test_html_comments_are_no_text_and_inline_tags_no_blanks() -> None:
     page = (
         "<p>Weight: 3 kg<!-- was: 5 --></p><div><p>one</p>two</div>"
+        "<details><summary>three</summary>four<hr>five</details><button>Save: now</button>"
         "<table><tr><td>Gas</td><td>H<sub>2</sub>O</td></tr></table>"
     )
     assert triples("a.html", page) == [("a", "Weight", "3 kg"), ("a", "Gas", "H2O")]
-    assert parse("a.html", page).text.split("\n") == ["a", "", "Weight: 3 kg", "one", "two", "Gas", "H2O"]
+    assert parse("a.html", page).text.split("\n") == [
+        "a",
+        "",
+        "Weight: 3 kg",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "Gas",
+        "H2O",
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.html"])

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from bs4 import BeautifulSoup
     from bs4.element import PageElement, Tag
 
-_NOT_TEXT = ("script", "style", "template", "noscript", "pre", "nav", "footer", "form", "svg", "head")
+_NOT_TEXT = (
+    "script", "style", "template", "noscript", "pre", "nav", "footer", "form", "button", "select", "textarea", "svg",
+    "head",
+)  # fmt: skip
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _NESTED = ("table", "dl", *_HEADINGS)
 """In a cell or a definition: what it says is not a value."""
 _BLOCKS = (
-    "address", "article", "aside", "blockquote", "body", "dd", "div", "dl", "dt", "figure", "figcaption", "header",
-    "html", "li", "main", "ol", "p", "section", "table", "tbody", "td", "th", "thead", "tr", "ul", *_HEADINGS,
+    "address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt", "fieldset",
+    "figure", "figcaption", "header", "hr", "html", "legend", "li", "main", "menu", "ol", "p", "section", "summary",
+    "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul", *_HEADINGS,
 )  # fmt: skip
 
 
