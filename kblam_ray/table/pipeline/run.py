@@ -115,7 +115,7 @@ def _run(
         )
     rejected_path = None
     if scan.num_rejected:
-        rejected_path = f"{kb_uri}.rejected/{uuid.uuid4().hex}.jsonl"
+        rejected_path = _beside(kb_uri, f"{uuid.uuid4().hex}.jsonl")
         write_rejected(scan.rejected(), rejected_path)
         _say(f"{scan.num_rejected} rows rejected: {rejected_path}")
 
@@ -248,6 +248,12 @@ def _delete_parts(kb_uri: str, version: int | None, plan: WritePlan, stamp: Stam
         for rows in read_live(kb_uri, version, columns=columns, fact_ids=plan.deleted_ids)
         if len(rows)
     ]
+
+
+def _beside(kb_uri: str, name: str) -> str:
+    """Where rejected rows go: a folder next to the table, or inside one that is a whole bucket."""
+    is_bucket = storage.is_s3(kb_uri) and "/" not in kb_uri.removeprefix("s3://")
+    return storage.join(kb_uri, "_rejected", name) if is_bucket else storage.join(f"{kb_uri}.rejected", name)
 
 
 def _refuse_missing_gpus(gpus_per_worker: float) -> None:

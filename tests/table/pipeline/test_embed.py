@@ -134,6 +134,12 @@ def test_skipped_rows_are_written_out_and_the_others_kept(tmp_path):
     assert contents(kb) == {("b", "p"): "v"}
 
 
+def test_a_table_that_is_a_whole_bucket_keeps_its_rejected_rows_inside(tmp_path, s3_uri):
+    source = write(tmp_path / "facts.jsonl", [{"entity": "b"}])
+    summary = embed(EmbedSettings(kb=s3_uri, input=[source], encoder="hashing:64", on_error="skip"))
+    assert summary["rejected_path"].startswith(f"{s3_uri}/_rejected/")
+
+
 def test_a_file_that_breaks_off_fails_even_when_bad_rows_are_skipped(tmp_path):
     source = tmp_path / "facts.json"
     source.write_text('[{"entity": "a", "property": "p", "value": "1"}, {"entity": "b", "prop')
