@@ -284,6 +284,11 @@ def test_what_parsers_choke_on_is_a_bad_document(name: str, text: str) -> None:
         parse(name, text)
 
 
+def test_an_intranet_page_that_is_all_one_form() -> None:
+    page = "<form id=aspnetForm><label>Search: </label><input value=x><select><option>All: x</select><p>Seat: Graz</p>"
+    assert triples("a.html", page) == [("a", "Seat", "Graz")]
+
+
 def test_html_nested_deeper_than_python() -> None:
     assert triples("a.html", "<div>" * 3_000 + "Weight: 3") == [("a", "Weight", "3")]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bs4.element import PageElement, Tag
 
 _NOT_TEXT = (
-    "script", "style", "template", "noscript", "pre", "nav", "footer", "form", "button", "select", "textarea", "svg",
+    "script", "style", "template", "noscript", "pre", "nav", "footer", "button", "select", "textarea", "svg",
     "head",
 )  # fmt: skip
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
@@ -31,13 +31,13 @@ _NESTED = ("table", "dl", *_HEADINGS)
 """In a cell or a definition: what it says is not a value."""
 _BLOCKS = (
     "address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt", "fieldset",
-    "figure", "figcaption", "header", "hr", "html", "legend", "li", "main", "menu", "ol", "p", "section", "summary",
+    "figure", "figcaption", "form", "header", "hr", "html", "legend", "li", "main", "menu", "ol", "p", "section", "summary",
     "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul", *_HEADINGS,
 )  # fmt: skip
 
 
 def parse_html(data: bytes, uri: str) -> Parsed:
-    """An HTML page, in the encoding it declares, else UTF-8. Scripts, code blocks, navigation and forms yield nothing.
+    """An HTML page, in the encoding it declares, else UTF-8. Scripts, code blocks, navigation and controls yield nothing.
 
     Raises:
         DocumentError: not text in that encoding, or no text at all.
