@@ -31,13 +31,13 @@ _NESTED = ("table", "dl", *_HEADINGS)
 """In a cell or a definition: what it says is not a value."""
 _BLOCKS = (
     "address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt", "fieldset",
-    "figure", "figcaption", "form", "header", "hr", "html", "legend", "li", "main", "menu", "ol", "p", "section", "summary",
-    "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul", *_HEADINGS,
+    "figure", "figcaption", "form", "header", "hr", "html", "legend", "li", "main", "menu", "ol", "p", "section",
+    "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul", *_HEADINGS,
 )  # fmt: skip
 
 
 def parse_html(data: bytes, uri: str) -> Parsed:
-    """An HTML page, in the encoding it declares, else UTF-8. Scripts, code blocks, navigation and controls yield nothing.
+    """An HTML page, in the encoding it declares, else UTF-8. Scripts, code, navigation and controls yield nothing.
 
     Raises:
         DocumentError: not text in that encoding, or no text at all.
