@@ -189,7 +189,8 @@ def _report(
         if len(failures) > 1:
             print(f"{len(failures)} documents could not be read", file=sys.stderr)
         raise first
-    path = f"{output.uri}.rejected.jsonl"
+    folder, _, name = output.uri.rpartition("/")
+    path = f"{folder}/_{name}.rejected.jsonl"  # a name that readers of a folder of facts pass over
     write_rejected(
         (RejectedRow(documents[n], 1, failures[n].what, failures[n].where or "", fatal=True) for n in sorted(failures)),
         path,

@@ -15,7 +15,7 @@ from kblam_ray.encoders.base import Encoder
 from kblam_ray.table.pipeline.reports import reporting, reports
 from kblam_ray.table.pipeline.scan import TASK_CPUS, Block
 from kblam_ray.table.pipeline.spool import UNREADABLE, Leftover, read_spool, spool_rows, text_hash, write_spool
-from kblam_ray.table.pipeline.work import Work
+from kblam_ray.table.pipeline.work import Work, ranges
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -150,10 +150,7 @@ def encode_texts(
     batch_size = texts_per_batch(len(text_ids), pool.max_workers, dim)
     # A batch is a pair of numbers, and workers fetch the texts themselves: so batches have one size, whatever the
     # blocks' sizes are, and no task has to run beside the pool and compete with it for CPUs.
-    batches = [
-        {"start": start, "stop": min(start + batch_size, len(text_ids))}
-        for start in range(0, len(text_ids), batch_size)
-    ]
+    batches = ranges(work.text_bytes_W[work.owner_D[text_ids] // 2], batch_size)
     encoded = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
         _EncodeTexts,
         batch_size=1,

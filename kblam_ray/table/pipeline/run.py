@@ -54,6 +54,10 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 MAX_SYNC_PASSES = 5
 """A sync that another writer overtook looks again at what the table lacks, at most so often."""
 
+DELETES_PER_PART = 500_000
+
+_IDENTITY_COLUMNS = ["fact_id", "entity", "property", "value"]
+
 _NOTHING_LIVE = pa.table({"fact_id": pa.array([], pa.int64()), "content_hash": pa.array([], pa.string())})
 
 
@@ -191,9 +195,11 @@ def _plan(
         first, second = scan.facts_at(np.asarray(error.rows))
         raise collision(first, second, identity) from None
     if len(plan.changed):
-        changed_ids = scan.index["fact_id"].take(plan.changed).to_numpy()
-        rows = read_live(kb_uri, version, columns=["fact_id", "entity", "property", "value"], fact_ids=changed_ids)
-        refuse_collisions_with_live(scan.facts_at(plan.changed), rows, identity)
+        ids = scan.index["fact_id"].take(plan.changed).to_numpy()
+        order = np.argsort(ids)
+        for rows in read_live(kb_uri, version, columns=_IDENTITY_COLUMNS, fact_ids=ids):
+            at = order[np.searchsorted(ids, rows["fact_id"].to_numpy(), sorter=order)]
+            refuse_collisions_with_live(scan.facts_at(plan.changed[at]), [rows], identity)
     return plan
 
 
@@ -221,18 +227,20 @@ def _write(
     stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=run_id)
     if work is not None:
         written = write_facts_to_parts(scan.blocks, work, kb_uri, dim, stamp)
-    parts = [*written.parts, *_delete_parts(kb_uri, version, plan, stamp)]
+    parts = [*written.parts, *_delete_parts(kb_uri, version, plan, info.identity, stamp)]
     new_version = commit_parts(kb_uri, info, parts, run_id)
     spool.remove_spool(own_spool)
     spool.remove_used_up(leftovers, work.hashes_D if work else None)
     return new_version, written
 
 
-def _delete_parts(kb_uri: str, version: int | None, plan: WritePlan, stamp: Stamp) -> list[PartFile]:
-    """Delete rows for the facts that a sync found gone; they keep the names of what they delete."""
+def _delete_parts(
+    kb_uri: str, version: int | None, plan: WritePlan, identity: Identity, stamp: Stamp
+) -> list[PartFile]:
+    """Delete rows for the facts that a sync found gone; they keep the identity of what they delete."""
     if not len(plan.deleted_ids):
         return []
-    columns = ["fact_id", "entity", "property", "value"]
+    gone = pa.concat_tables(read_live(kb_uri, version, columns=_IDENTITY_COLUMNS, fact_ids=plan.deleted_ids))
     return [
         write_part(
             kb_uri,
@@ -240,13 +248,12 @@ def _delete_parts(kb_uri: str, version: int | None, plan: WritePlan, stamp: Stam
                 fact_ids=rows["fact_id"],
                 entities=rows["entity"],
                 properties=rows["property"],
-                values=rows["value"],
+                values=rows["value"] if "value" in identity.split(",") else None,
                 updated_at=stamp.updated_at,
                 write_id=stamp.write_id,
             ),
         )
-        for rows in read_live(kb_uri, version, columns=columns, fact_ids=plan.deleted_ids)
-        if len(rows)
+        for rows in (gone.slice(start, DELETES_PER_PART) for start in range(0, len(gone), DELETES_PER_PART))
     ]
 
 

@@ -1,6 +1,6 @@
 """Read the input files on the workers: parsed facts with their hashes, in blocks of Ray's object store.
 
-The texts stay in the object store (which spills to disk), and the driver keeps only the index: 76 bytes
+The texts stay in the object store (which spills to disk), and the driver keeps only the index: 80 bytes
 per row. Rejected rows travel as data beside the facts, so that a worker never raises for the input's sake
 and the driver decides what a bad row means.
 """
@@ -33,16 +33,17 @@ SCANNED_SCHEMA = pa.schema(
         *INDEX_SCHEMA,
         ("key_hash", pa.binary(16)),
         ("value_hash", pa.binary(16)),
+        ("text_bytes", pa.int32()),
         ("rejected", pa.string()),
         ("failure", pa.binary()),
     ]
 )
-"""A row of input. `seq` is its place in the whole input; `rejected` is JSON and excludes all but `seq`, and so does
-`failure`, the pickled error of a worker that could not read on."""
+"""A row of input. `seq` is its place in the whole input, `text_bytes` the size of its texts. `rejected` is JSON and
+excludes all but `seq`, and so does `failure`, the pickled error of a worker that could not read on."""
 
 INDEXED_SCHEMA = pa.schema(
     [
-        *(SCANNED_SCHEMA.field(name) for name in ("seq", *INDEX_SCHEMA.names, "key_hash", "value_hash")),
+        *(SCANNED_SCHEMA.field(name) for name in ("seq", *INDEX_SCHEMA.names, "key_hash", "value_hash", "text_bytes")),
         ("block", pa.int32()),
         ("row", pa.int32()),
     ]
@@ -67,7 +68,7 @@ class Scan:
 
     Attributes:
         blocks: the rows, as tables of SCANNED_SCHEMA.
-        index: the facts in input order: INDEX_SCHEMA, the hashes of both texts, `block` and `row` in that block.
+        index: the facts in input order: INDEX_SCHEMA, the texts' hashes and size, `block` and `row` in that block.
         num_rejected: rows that are no facts.
 
     Raises:
@@ -204,6 +205,7 @@ def _as_block(chunk: list[Fact | RejectedRow], start: int, identity: Identity) -
         **{name: index for name, index in zip(INDEX_SCHEMA.names, index_facts(facts, identity).columns, strict=True)},
         "key_hash": [text_hash(key_text(fact.entity, fact.property)) for fact in facts],
         "value_hash": [text_hash(fact.value) for fact in facts],
+        "text_bytes": _text_bytes(facts),
         "rejected": pa.nulls(len(facts), pa.string()),
         "failure": pa.nulls(len(facts), pa.binary()),
     }
@@ -213,6 +215,12 @@ def _as_block(chunk: list[Fact | RejectedRow], start: int, identity: Identity) -
         return block
     reasons = [json.dumps(asdict(row)) for _, row in rejected]
     return pa.concat_tables([block, _empty_rows([seq for seq, _ in rejected], rejected=reasons)])
+
+
+def _text_bytes(facts: list[Fact]) -> list[int]:
+    # Characters would do if texts were English; three bytes each is what most others take.
+    texts = ((fact.entity, fact.property, fact.value, fact.metadata or "") for fact in facts)
+    return [sum(len(text) if text.isascii() else 3 * len(text) for text in fields) for fields in texts]
 
 
 def _empty_rows(seq: list[int], **columns: list) -> pa.Table:

@@ -25,6 +25,7 @@ class Work:
 
     Attributes:
         block_W, row_W: int32, where each fact stands in the scan.
+        text_bytes_W: int32, the size of each fact's texts.
         text_ids_W2: int64 [W, 2], the numbers of each fact's key text and value text.
         owner_D: int64, where each text is used first, as a position in the flattened text_ids_W2.
         hashes_D: 16-byte hash of each text.
@@ -34,6 +35,7 @@ class Work:
 
     block_W: np.ndarray
     row_W: np.ndarray
+    text_bytes_W: np.ndarray
     text_ids_W2: np.ndarray
     owner_D: np.ndarray
     hashes_D: pa.Array
@@ -72,6 +74,23 @@ class Work:
         return replace(self, file_D=file_D, place_D=place_D, files=tuple(files))
 
 
+MAX_TEXT_BYTES = 64_000_000
+"""Texts that one task of a worker holds; it makes a few copies of them."""
+
+
+def ranges(text_bytes_N: np.ndarray, max_items: int) -> list[dict[str, int]]:
+    """Cut N items into runs `start:stop` of at most `max_items`, and of at most MAX_TEXT_BYTES unless of one item."""
+    ends_N = np.cumsum(text_bytes_N, dtype=np.int64)
+    found, start = [], 0
+    while start < len(ends_N):
+        before = ends_N[start - 1] if start else 0
+        fitting = int(np.searchsorted(ends_N, before + MAX_TEXT_BYTES, side="right"))
+        stop = max(start + 1, min(start + max_items, fitting))
+        found.append({"start": start, "stop": stop})
+        start = stop
+    return found
+
+
 def plan_work(index: pa.Table, written: np.ndarray) -> Work:
     """Number the distinct texts of the facts to write.
 
@@ -79,7 +98,7 @@ def plan_work(index: pa.Table, written: np.ndarray) -> Work:
         index: the scan's index.
         written: row numbers into the index, ascending and at least one.
     """
-    facts = index.select(["key_hash", "value_hash", "block", "row"]).take(written)
+    facts = index.select(["key_hash", "value_hash", "text_bytes", "block", "row"]).take(written)
     both = pa.concat_arrays([*facts["key_hash"].chunks, *facts["value_hash"].chunks])
     # Interleaved, key before value: texts then get their numbers in the order in which facts use them.
     interleaved = both.take(np.arange(2 * len(facts)).reshape(2, -1).T.ravel())
@@ -91,6 +110,7 @@ def plan_work(index: pa.Table, written: np.ndarray) -> Work:
     return Work(
         block_W=facts["block"].to_numpy(),
         row_W=facts["row"].to_numpy(),
+        text_bytes_W=facts["text_bytes"].to_numpy(),
         text_ids_W2=text_ids.reshape(-1, 2),
         owner_D=np.flatnonzero(is_first),
         hashes_D=encoded.dictionary,

@@ -14,7 +14,7 @@ from kblam_ray.table.part import PartFile, write_part
 from kblam_ray.table.pipeline.reports import reporting, reports
 from kblam_ray.table.pipeline.scan import TASK_CPUS, Block, fetch_rows
 from kblam_ray.table.pipeline.spool import read_vectors
-from kblam_ray.table.pipeline.work import Work
+from kblam_ray.table.pipeline.work import Work, ranges
 from kblam_ray.table.schema import upsert_rows
 
 if TYPE_CHECKING:
@@ -57,11 +57,8 @@ def write_facts_to_parts(blocks: Sequence[Block], work: Work, kb_uri: str, dim: 
     import ray
 
     rows_per_part = max(1, PART_EMBEDDING_BYTES // (4 * dim))
-    ranges = [
-        {"start": start, "stop": min(start + rows_per_part, work.num_facts)}
-        for start in range(0, work.num_facts, rows_per_part)
-    ]
-    written = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
+    runs = ranges(work.text_bytes_W, rows_per_part)
+    written = ray.data.from_items(runs, override_num_blocks=len(runs)).map_batches(
         _write_one_part,
         batch_size=1,
         fn_kwargs={
