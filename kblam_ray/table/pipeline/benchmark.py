@@ -108,5 +108,7 @@ def _kind(command: list[str], job: str) -> str:
 
 
 def _private_bytes(process: Any) -> int:
-    maps = process.memory_maps()
-    return sum(part.private_clean + part.private_dirty for part in maps if not part.path.startswith("/dev/shm"))
+    # Resident pages that no file and no shared memory backs. Exact figures from the page maps cost the job a fifth of
+    # its speed.
+    memory = process.memory_info()
+    return memory.rss - memory.shared
