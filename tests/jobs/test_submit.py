@@ -72,15 +72,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 def submit(cluster: dict[str, str], *entrypoint: str) -> tuple[int, dict, str]:
-    done = subprocess.run(
-        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *entrypoint],
-        env=cluster,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *entrypoint]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+        # A head listens before the agent that runs its jobs is up.
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     summaries = [line for line in done.stdout.splitlines() if line.startswith('{"job"')]
     assert summaries, done.stdout + done.stderr
     return done.returncode, json.loads(summaries[-1]), done.stdout
