@@ -181,3 +181,18 @@ def storage_errors(uri: str) -> Iterator[None]:
             help="check that the place exists, that you may write there, and, for S3, the endpoint "
             "(AWS_ENDPOINT_URL), region and credentials: `python -m kblam_ray.check --kb URI`",
         ) from error
+
+
+def sync(uri: str) -> None:
+    """Make a finished local file or folder, and its entry in its folder, survive a loss of power.
+
+    An object store has done as much when it answers.
+    """
+    if is_s3(uri):
+        return
+    for path in (uri, os.path.dirname(uri)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

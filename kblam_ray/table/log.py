@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -234,7 +235,14 @@ def _widened(file: DataFile) -> DataFile:
 
 def _at_write(log: TableLog, write_id: str) -> TableLog:
     version = find_write(log.uri, write_id, newest=log.version)
-    return log if version in (None, log.version) else TableLog.open(log.uri, version)
+    found = log if version in (None, log.version) else TableLog.open(log.uri, version)
+    folder = storage.join(log.uri, "_delta_log")
+    with storage.storage_errors(log.uri):
+        for path in (storage.join(folder, f"{found.version:020}.json"), folder, log.uri):
+            # Long after the write its entry may have gone into a checkpoint, written by one who read it.
+            with suppress(FileNotFoundError):
+                storage.sync(path)
+    return found
 
 
 def _add_action(part: PartFile, data_change: bool = True) -> AddAction:

@@ -80,6 +80,7 @@ def write_part(uri: str, rows: pa.Table) -> PartFile:
                 write_statistics=_STATISTICS_COLUMNS,
             )
             size_bytes = sink.tell()
+        storage.sync(storage.join(uri, path))
     updated_at = rows["updated_at"].cast(pa.int64()).to_numpy()
     return PartFile(
         path=path,

@@ -220,3 +220,24 @@ def test_info_round_trips_through_the_description(uri):
     commit_upserts(uri, FACTS, NOW)
     assert TableInfo.model_validate_json(deltalake.DeltaTable(uri).metadata().description) == INFO
     assert TableLog.open(uri).info == INFO
+
+
+def test_a_commit_is_on_the_disk_before_it_is_answered(uri, monkeypatch):
+    """Parts first, then the log entry that names them: a loss of power between leaves the table as it was."""
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    commit_upserts(uri, FACTS, NOW)
+
+    def number_of(path: Path) -> int:
+        return path.stat().st_ino
+
+    table = Path(uri)
+    part, entry = table / TableLog.open(uri).files[0].path, table / "_delta_log" / f"{0:020}.json"
+    assert synced.index(number_of(part)) < synced.index(number_of(entry))
+    assert {number_of(folder) for folder in (table, table / "_delta_log", table.parent)} <= set(synced)
