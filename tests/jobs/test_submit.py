@@ -49,7 +49,7 @@ def wait_for(port: int, head: subprocess.Popen) -> None:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment that leads `ray job submit` to a head of its own, ended by signal: `ray stop` is host-wide."""
     home = tmp_path_factory.mktemp("head")
-    gcs_port, dashboard_port, client_port = free_ports(3)
+    gcs_port, dashboard_port, client_port, agent_port = free_ports(4)
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -61,6 +61,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     environment.pop("RAY_ADDRESS", None)
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=300000000"]
     command += [f"--port={gcs_port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
+    # The agent runs the jobs; another Ray on this host holds the port that it would take by default.
+    command += [f"--dashboard-agent-listen-port={agent_port}"]
     with (home / "log").open("wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
