@@ -147,3 +147,27 @@ class DataFileGoneError(StorageError):
     """A data file that a version of a table names is not there any more, most likely vacuumed."""
 
     code = "data_file_gone"
+
+
+class AdapterError(InputError):
+    """An adapter's folder, checkpoint or configuration cannot be used: damaged, incomplete, of a newer format."""
+
+    code = "bad_adapter"
+
+
+class AdapterMismatchError(InputError):
+    """An adapter was made for another base model or encoder, or a memory for another adapter."""
+
+    code = "adapter_mismatch"
+
+
+class UnsupportedModelError(InputError):
+    """A base model's attention has something that knowledge attention cannot be merged with."""
+
+    code = "unsupported_model"
+
+
+class EmbeddingError(InputError):
+    """Embeddings have another shape than the adapter reads, or numbers that are not finite."""
+
+    code = "bad_embeddings"
