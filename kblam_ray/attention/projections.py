@@ -1,0 +1,150 @@
+"""What an adapter's weights become before use: centred projections, one layer's slices, the scale of a fact.
+
+Shape legend: M facts, S slots of the key vector, N query heads, H head dim, P encoder dim.
+
+Kind "paper" (KBLaM, arXiv 2410.10450, eqs. 5-8): the key of fact m is `LayerNorm(W_K e_m + b_K)` over all S*N*H
+numbers, without affine part. Written out, it is `r_m (W_K e_m + b_K)` once the mean over the S*N*H rows is taken out
+of W_K and b_K, which the LayerNorm cannot see, with
+
+    r_m   = 1 / sqrt(var_m + eps)
+    var_m = e_m^T G e_m + c^T e_m + mean(b_K^2),   G = W_K^T W_K / (S N H),   c = 2 W_K^T b_K / (S N H)
+
+so that the key of a fact costs one number, r_m, and the projection moves to the query (`layer_facts.py`). Without the
+centring the terms of the variance cancel badly in float32.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from kblam_ray.attention.adapter import KnowledgeAdapter
+
+LAYER_NORM_EPS = 1e-5
+FACTS_PER_BLOCK = 8_192
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The slices of the projections that one KB layer reads, in the dtype of the hidden states.
+
+    Attributes:
+        key_NHP, key_bias_NH: centred key projection; None for kind "shared", which compares base embeddings.
+        value_NHP, value_bias_NH: value projection.
+    """
+
+    key_NHP: torch.Tensor | None
+    key_bias_NH: torch.Tensor | None
+    value_NHP: torch.Tensor
+    value_bias_NH: torch.Tensor
+
+
+class Projections:
+    """Everything derived from the weights of one adapter, differentiable in them unless built without autograd."""
+
+    def __init__(self, adapter: KnowledgeAdapter) -> None:
+        config, shape = adapter.config, adapter.config.base_shape
+        self._layers = {layer: config.slot_of(layer) for layer in config.layers}
+        self._is_paper = config.kind == "paper"
+        self._cast: dict[tuple[int, torch.dtype], LayerWeights] = {}
+        heads = (-1, shape.num_heads, shape.head_dim)
+        value = adapter.value_projection
+        self._value_SNHP = value.weight.unflatten(0, heads)
+        self._value_bias_SNH = value.bias.unflatten(0, heads)
+        if self._is_paper:
+            exact = exact_dtype(adapter.dtype)
+            weight_RP, bias_R = adapter.key_projection.weight.to(exact), adapter.key_projection.bias.to(exact)
+            weight_RP, bias_R = weight_RP - weight_RP.mean(0), bias_R - bias_R.mean()
+            self._key_SNHP, self._key_bias_SNH = weight_RP.unflatten(0, heads), bias_R.unflatten(0, heads)
+            self._gram_PP = weight_RP.T @ weight_RP / len(weight_RP)
+            self._cross_P = 2 * (bias_R @ weight_RP) / len(weight_RP)
+            self._bias_square = bias_R.square().mean()
+
+    @classmethod
+    def of(cls, adapter: KnowledgeAdapter) -> Projections:
+        """The projections of the adapter as it is now; kept between calls as long as its weights stay, unless
+        autograd is recording them."""
+        if torch.is_grad_enabled() and requires_grad(adapter):
+            return cls(adapter)
+        key = adapter.weights_key()
+        known = _KNOWN.get(adapter)
+        if known is None or known[0] != key:
+            with torch.no_grad():
+                known = (key, cls(adapter))
+            _KNOWN[adapter] = known
+        return known[1]
+
+    def layer(self, layer: int, dtype: torch.dtype) -> LayerWeights:
+        """What KB layer `layer` reads, as `dtype`."""
+        weights = self._cast.get((layer, dtype))
+        if weights is None:
+            slot = self._layers[layer]
+            key = self._key_SNHP[slot].to(dtype) if self._is_paper else None
+            key_bias = self._key_bias_SNH[slot].to(dtype) if self._is_paper else None
+            value, value_bias = self._value_SNHP[slot].to(dtype), self._value_bias_SNH[slot].to(dtype)
+            weights = self._cast[layer, dtype] = LayerWeights(key, key_bias, value, value_bias)
+        return weights
+
+    def fact_scale(self, keys_MP: torch.Tensor) -> torch.Tensor:
+        """r_m of each fact: float32 [M] (float64 where the adapter is)."""
+        blocks = [self._scale_block(block_MP) for block_MP in keys_MP.split(FACTS_PER_BLOCK)]
+        return torch.cat(blocks) if blocks else self._cross_P.new_empty(0)
+
+    def _scale_block(self, keys_MP: torch.Tensor) -> torch.Tensor:
+        keys_MP = keys_MP.to(self._gram_PP.dtype)
+        variance_M = (keys_MP @ self._gram_PP + self._cross_P).mul(keys_MP).sum(-1) + self._bias_square
+        return torch.rsqrt(variance_M.clamp_min(0) + LAYER_NORM_EPS)
+
+
+_KNOWN: weakref.WeakKeyDictionary[KnowledgeAdapter, tuple[tuple, Projections]] = weakref.WeakKeyDictionary()
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for softmaxes and norms over tensors of `dtype`: float32, or float64 where they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def requires_grad(adapter: KnowledgeAdapter) -> bool:
+    return any(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def fact_scale(adapter: KnowledgeAdapter, keys_MP: torch.Tensor) -> torch.Tensor:
+    """r_m of each fact for an adapter of kind "paper": float32 [M], differentiable in weights and embeddings."""
+    return Projections.of(adapter).fact_scale(keys_MP)
+
+
+def materialize(
+    adapter: KnowledgeAdapter, layer: int, keys_MP: torch.Tensor, values_MP: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Keys and values of facts as one KB layer reads them (KBLaM, arXiv 2410.10450, eqs. 5-6).
+
+    Returns:
+        Kind "paper": keys [N, M, H] after the LayerNorm and values [N, M, H]. Kind "shared": None (it scores base
+        embeddings) and values [M, N*H].
+    """
+    projections = Projections.of(adapter)
+    weights = projections.layer(layer, exact_dtype(dtype))
+    keys, values = [], []
+    # In blocks: the float32 copies of a million embeddings are larger than what is asked for.
+    for keys_mP, values_mP in zip(
+        keys_MP.split(FACTS_PER_BLOCK), values_MP.split(FACTS_PER_BLOCK), strict=True
+    ):
+        keys_mP, values_mP = keys_mP.to(exact_dtype(dtype)), values_mP.to(exact_dtype(dtype))
+        value_mNH = values_mP @ weights.value_NHP.flatten(0, 1).T + weights.value_bias_NH.flatten()
+        if weights.key_NHP is None:
+            values.append(value_mNH.to(dtype))
+            continue
+        key_mX = keys_mP @ weights.key_NHP.flatten(0, 1).T + weights.key_bias_NH.flatten()
+        key_mX = key_mX * projections.fact_scale(keys_mP)[:, None]
+        shape = weights.key_NHP.shape[:2]
+        keys.append(key_mX.unflatten(1, shape).transpose(0, 1).to(dtype))
+        values.append(value_mNH.unflatten(1, shape).transpose(0, 1).to(dtype))
+    num_heads, head_dim = weights.value_bias_NH.shape
+    if weights.key_NHP is None:
+        return None, torch.cat(values) if values else values_MP.new_empty(0, num_heads * head_dim, dtype=dtype)
+    if not keys:
+        empty = keys_MP.new_empty(num_heads, 0, head_dim, dtype=dtype)
+        return empty, empty
+    return torch.cat(keys, 1).contiguous(), torch.cat(values, 1).contiguous()
