@@ -171,3 +171,9 @@ class EmbeddingError(InputError):
     """Embeddings have another shape than the adapter reads, or numbers that are not finite."""
 
     code = "bad_embeddings"
+
+
+class GenerationError(KblamError):
+    """The base model's engine failed while it wrote an answer."""
+
+    code = "generation_failed"

@@ -16,6 +16,8 @@ centring the terms of the variance cancel badly in float32.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +73,7 @@ class Projections:
         key = adapter.weights_key()
         known = _KNOWN.get(adapter)
         if known is None or known[0] != key:
-            with torch.no_grad():
+            with _for_keeping(adapter.device):
                 known = (key, cls(adapter))
             _KNOWN[adapter] = known
         return known[1]
@@ -81,9 +83,10 @@ class Projections:
         weights = self._cast.get((layer, dtype))
         if weights is None:
             slot = self._layers[layer]
-            key = self._key_SNHP[slot].to(dtype) if self._is_paper else None
-            key_bias = self._key_bias_SNH[slot].to(dtype) if self._is_paper else None
-            value, value_bias = self._value_SNHP[slot].to(dtype), self._value_bias_SNH[slot].to(dtype)
+            with torch.inference_mode(False):
+                key = self._key_SNHP[slot].to(dtype) if self._is_paper else None
+                key_bias = self._key_bias_SNH[slot].to(dtype) if self._is_paper else None
+                value, value_bias = self._value_SNHP[slot].to(dtype), self._value_bias_SNH[slot].to(dtype)
             weights = self._cast[layer, dtype] = LayerWeights(key, key_bias, value, value_bias)
         return weights
 
@@ -96,6 +99,13 @@ class Projections:
         keys_MP = keys_MP.to(self._gram_PP.dtype)
         variance_M = (keys_MP @ self._gram_PP + self._cross_P).mul(keys_MP).sum(-1) + self._bias_square
         return torch.rsqrt(variance_M.clamp_min(0) + LAYER_NORM_EPS)
+
+
+@contextmanager
+def _for_keeping(device: torch.device) -> Iterator[None]:
+    """For values that outlive the call: no graph hangs on them, training may use them, and they are exact."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 _KNOWN: weakref.WeakKeyDictionary[KnowledgeAdapter, tuple[tuple, Projections]] = weakref.WeakKeyDictionary()
@@ -128,9 +138,7 @@ def materialize(
     weights = projections.layer(layer, exact_dtype(dtype))
     keys, values = [], []
     # In blocks: the float32 copies of a million embeddings are larger than what is asked for.
-    for keys_mP, values_mP in zip(
-        keys_MP.split(FACTS_PER_BLOCK), values_MP.split(FACTS_PER_BLOCK), strict=True
-    ):
+    for keys_mP, values_mP in zip(keys_MP.split(FACTS_PER_BLOCK), values_MP.split(FACTS_PER_BLOCK), strict=True):
         keys_mP, values_mP = keys_mP.to(exact_dtype(dtype)), values_mP.to(exact_dtype(dtype))
         value_mNH = values_mP @ weights.value_NHP.flatten(0, 1).T + weights.value_bias_NH.flatten()
         if weights.key_NHP is None:

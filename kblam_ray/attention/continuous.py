@@ -1,0 +1,202 @@
+"""Continuous batching of transformers, every request with its own knowledge.
+
+The library's engine packs the tokens of many requests into one row; `cu_seq_lens_q` says where each begins, and the
+engine's list of scheduled requests whose they are. The base model's hook asks here which memory each of them attends
+to: not through a context variable, because the engine computes in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from kblam_ray.attention.attach import Attachment
+from kblam_ray.attention.batch import Segment
+from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.errors import GenerationError, InputError, UnsupportedModelError
+
+CPU_CACHE = {"num_blocks": 64, "max_batch_tokens": 512}
+"""Sizes of the paged cache on a CPU, where the library's own sizing claims most of the memory."""
+
+EXACTNESS = {
+    # Cached prefixes are shared by token ids alone: another knowledge base would get the first one's answer.
+    "allow_block_sharing": False,
+    # Flash kernels, graphs and double buffering bypass the attention function or its per-request state.
+    "auto_switch_to_flash": False,
+    "use_async_batching": False,
+    "use_cuda_graph": False,
+}
+"""Settings of the library's engine under which every request sees its own knowledge."""
+
+
+@dataclass
+class _Request:
+    """A request that has not ended: its memory, and how many answers are still to come."""
+
+    memory: KnowledgeMemory | None
+    remaining: int
+    is_cancelled: bool = False
+
+
+class KnowledgeBatching:
+    """One engine over one base model: requests join and leave between steps, each with a memory of its own.
+
+    Use as a context manager; inside it, requests may be added from any thread.
+
+    Args:
+        attachment: of an adapter to the base model, whose attention implementation is "sdpa".
+        generation_config: of all requests (greedy or sampling); the model's own by default.
+        config: of the library's engine; what `EXACTNESS` names is set whatever it says.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        generation_config: GenerationConfig | None = None,
+        config: ContinuousBatchingConfig | None = None,
+    ) -> None:
+        model = attachment.base_model
+        implementation = model.config._attn_implementation
+        if implementation != "sdpa":
+            raise UnsupportedModelError(
+                f"continuous batching with knowledge over the attention implementation {implementation!r}",
+                where=type(model).__name__,
+                help='load the base model with attn_implementation="sdpa"',
+            )
+        if config is None:
+            config = ContinuousBatchingConfig(**CPU_CACHE if model.device.type == "cpu" else {})
+        self._attachment = attachment
+        self._generation_config = generation_config
+        self._config = replace(config, **EXACTNESS)
+        self._requests: dict[str, _Request] = {}
+        self._lock = threading.Lock()
+        self._open = ExitStack()
+        self._manager: Any = None
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(self._attachment.packed(self))
+        self._manager = self._open.enter_context(
+            self._attachment.base_model.continuous_batching_context_manager(
+                generation_config=self._generation_config, continuous_batching_config=self._config
+            )
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+        self._manager = None
+        self._requests.clear()
+
+    @property
+    def manager(self) -> Any:
+        """The library's engine, for what is not about knowledge: streaming, cancelling, pausing."""
+        if self._manager is None:
+            raise InputError("the engine is not running", where="KnowledgeBatching", help="enter its context first")
+        return self._manager
+
+    def add_request(
+        self,
+        input_ids: Sequence[int],
+        knowledge: KnowledgeMemory | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Queue a prompt that attends to `knowledge`, to no facts without it.
+
+        Args:
+            input_ids: token ids of the prompt.
+            knowledge: stays in use until the request ends, whatever is loaded meanwhile.
+            request_id: unique; made up by default.
+            **options: of the library's `add_request`: max_new_tokens, streaming, eos_token_id.
+
+        Returns:
+            The request's id, which its results carry.
+
+        Raises:
+            InputError: the id is in use, or the engine does not take requests any more.
+        """
+        request_id = request_id or uuid.uuid4().hex
+        with self._lock:
+            if request_id in self._requests:
+                raise InputError("a request of that id is running", where=request_id, help="give another request_id")
+            self._requests[request_id] = _Request(knowledge, self.manager.num_return_sequences)
+        if self.manager.add_request(list(input_ids), request_id=request_id, **options) is None:
+            self._requests.pop(request_id, None)
+            raise InputError("the engine takes no more requests", where=request_id, help="start another engine")
+        return request_id
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+        """The next output, of one request or of any; None when none came within `timeout` seconds."""
+        output = self.manager.get_result(request_id=request_id, timeout=timeout)
+        if output is not None and output.is_finished():
+            self._answered(output.request_id)
+        return output
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; what it would have said next is not computed."""
+        with self._lock:
+            if request_id in self._requests:
+                self._requests[request_id].is_cancelled = True
+        self.manager.cancel_request(request_id)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], knowledge: Sequence[KnowledgeMemory | None], **options: Any
+    ) -> list[list[int]]:
+        """Token ids generated for each prompt with its own knowledge, in the order given.
+
+        It takes results from the queue that `get_result` reads: use one or the other.
+
+        Raises:
+            GenerationError: a request failed, or the engine stopped.
+        """
+        ids = [self.add_request(prompt, memory, **options) for prompt, memory in zip(prompts, knowledge, strict=True)]
+        answers: dict[str, list[int]] = {}
+        while len(answers) < len(ids):
+            output = self.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                if output.error is not None:
+                    raise GenerationError(
+                        output.error, where=output.request_id, help="see the cause in the engine's log"
+                    )
+                answers[output.request_id] = output.generated_tokens
+            elif output is None and not self.manager.is_running():
+                raise GenerationError("the engine stopped", where="KnowledgeBatching", help="its log says why")
+        return [answers[request_id] for request_id in ids]
+
+    def segments(self, inputs: dict[str, Any]) -> list[Segment] | None:
+        """What the sequences of a packed batch attend to; None for a batch that is not this engine's."""
+        processor = getattr(self._manager, "batch_processor", None)
+        if processor is None or inputs.get("cache") is not processor.cache:
+            return None
+        bounds = inputs["cu_seq_lens_q"].tolist()
+        scheduled = [request.state.request_id for request in processor.inputs_and_outputs.requests_in_batch]
+        with self._lock:
+            running = {_first(request_id) for request_id in scheduled}
+            for request_id in [name for name, request in self._requests.items() if request.is_cancelled]:
+                if request_id not in running:
+                    del self._requests[request_id]
+            memories = [self._requests[_first(request_id)].memory for request_id in scheduled]
+        return [
+            Segment(memory, start, stop) for memory, start, stop in zip(memories, bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def _answered(self, request_id: str) -> None:
+        with self._lock:
+            request = self._requests.get(_first(request_id))
+            if request is not None:
+                request.remaining -= 1
+                if request.remaining <= 0:
+                    del self._requests[_first(request_id)]
+
+
+def _first(request_id: str) -> str:
+    """Further answers to one prompt are requests of the library's own making, named after the first."""
+    return request_id.partition("__child#")[0]
