@@ -14,7 +14,10 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Fact": "kblam_ray.facts",
     "KblamError": "kblam_ray.errors",
+    "KnowledgeAdapter": "kblam_ray.attention",
     "KnowledgeBase": "kblam_ray.table",
+    "KnowledgeMemory": "kblam_ray.attention",
+    "KnowledgeModel": "kblam_ray.model",
     "load_encoder": "kblam_ray.encoders",
 }
 

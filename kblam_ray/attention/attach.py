@@ -22,11 +22,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.batch import ForwardPass, Knowledge, Recorder, Segment, segments_of_rows
+from kblam_ray.attention.config import BaseShape
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.text import sdpa_with_log_sum_exp, text_log_sum_exp
 from kblam_ray.errors import AdapterMismatchError, UnsupportedModelError
@@ -51,7 +52,7 @@ class Attachment:
         self.adapter = adapter
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> PreTrainedModel:
         return self._attached_host().model
 
     @contextmanager
@@ -85,13 +86,13 @@ class Attachment:
         return self._host
 
 
-def attach(base_model: nn.Module, adapter: KnowledgeAdapter) -> Attachment:
+def attach(base_model: PreTrainedModel, adapter: KnowledgeAdapter) -> Attachment:
     """Let the KB layers of `base_model` attend to memories of `adapter`.
 
     Several adapters, and the same one several times, may be attached to one base model.
 
     Args:
-        base_model: a decoder of transformers with a language-model head, its attention implementation "sdpa" or "eager".
+        base_model: a decoder of transformers with a language-model head, attention implementation "sdpa" or "eager".
         adapter: made for a model of this shape.
 
     Raises:
@@ -120,7 +121,7 @@ _IN_USE: ContextVar[tuple[_InUse, ...]] = ContextVar("kblam_ray_in_use", default
 class _Host:
     """A base model with adapters attached."""
 
-    def __init__(self, base_model: nn.Module) -> None:
+    def __init__(self, base_model: PreTrainedModel) -> None:
         self._model = weakref.ref(base_model)
         self._modules = attention_modules(base_model)
         _refuse_unsupported(base_model, self._modules)
@@ -130,7 +131,7 @@ class _Host:
         self.engines: list[PackedBatches] = []
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         model = self._model()
         if model is None:
             raise AdapterMismatchError("the base model is gone", where="attachment", help="keep a reference to it")
@@ -152,7 +153,7 @@ class _Host:
         self._adapters[adapter] = self._adapters.get(adapter, 0) + 1
         for layer in adapter.config.layers:
             if layer not in self._sites:
-                self._sites[layer] = _Site(self.model, self._modules[layer], layer)
+                self._sites[layer] = _Site(self._modules[layer], layer)
 
     def remove(self, adapter: KnowledgeAdapter) -> None:
         self._adapters[adapter] -= 1
@@ -206,14 +207,13 @@ class _Host:
             )
 
 
-_HOSTS: weakref.WeakKeyDictionary[nn.Module, _Host] = weakref.WeakKeyDictionary()
+_HOSTS: weakref.WeakKeyDictionary[PreTrainedModel, _Host] = weakref.WeakKeyDictionary()
 
 
 class _Site:
     """A KB layer's attention module while it is attached to."""
 
-    def __init__(self, model: nn.Module, module: nn.Module, layer: int) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, module: Any, layer: int) -> None:
         self._module, self.layer = module, layer
         self._config = module.config
         # A copy, because the model's own config must go on saying which masks and caches it needs.
@@ -259,7 +259,7 @@ def _knowledge_attention(
     Returns:
         Output [B, T, N, H], and the text's attention weights where the library gives them.
     """
-    site: _Site = module.knowledge_site  # type: ignore[assignment]
+    site: Any = module.knowledge_site
     call = kwargs.pop("knowledge_call", None)
     function = site.text_function()
     if call is None:
@@ -288,7 +288,7 @@ def _knowledge_attention(
 AttentionInterface.register(ATTENTION_NAME, _knowledge_attention)
 
 
-def attention_modules(base_model: nn.Module) -> dict[int, nn.Module]:
+def attention_modules(base_model: PreTrainedModel) -> dict[int, Any]:
     """The decoder's self-attention modules that use the library's attention interface, by layer.
 
     Raises:
@@ -297,9 +297,9 @@ def attention_modules(base_model: nn.Module) -> dict[int, nn.Module]:
     name = type(base_model).__name__
     if getattr(base_model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError("not a decoder-only model", where=name, help="attach to a decoder, such as Llama")
-    decoder = base_model.get_decoder() if hasattr(base_model, "get_decoder") else base_model
-    found = {
-        module.layer_idx: module
+    decoder: nn.Module = base_model.get_decoder() if hasattr(base_model, "get_decoder") else base_model
+    found: dict[int, Any] = {
+        module.layer_idx: module  # type: ignore[misc]
         for module in decoder.modules()
         if isinstance(getattr(module, "layer_idx", None), int) and _uses_attention_interface(module)
     }
@@ -321,13 +321,21 @@ def _eager_function(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]
     return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
 
 
-def _refuse_unsupported(base_model: nn.Module, modules: dict[int, nn.Module]) -> None:
+def _refuse_unsupported(base_model: PreTrainedModel, modules: dict[int, Any]) -> None:
     name = type(base_model).__name__
     implementation = base_model.config._attn_implementation
     if implementation not in SUPPORTED:
         raise _unsupported_implementation(implementation, name)
     config = base_model.config.get_text_config(decoder=True)
+    head_dim = BaseShape.of(base_model.config).head_dim
     for module in modules.values():
+        widths = {getattr(module, width, head_dim) for width in ("head_dim", "qk_head_dim", "v_head_dim")}
+        if widths != {head_dim}:
+            raise UnsupportedModelError(
+                f"heads of several widths: {sorted({*widths, head_dim})}",
+                where=name,
+                help="choose a base model whose keys, queries and values have one head dimension",
+            )
         if getattr(module, "sinks", None) is not None:
             raise UnsupportedModelError("attention sinks", where=name, help="choose a base model without them")
         softcap = getattr(module, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.layer_facts import Form, LayerQuery, LogWeights, layer_form, layer_query
+from kblam_ray.attention.layer_facts import Form, LayerQuery, LogWeights, ScaleOf, layer_form, layer_query
 from kblam_ray.attention.memory import ChunkView, KnowledgeMemory
 from kblam_ray.attention.projections import Projections, exact_dtype, requires_grad
 from kblam_ray.attention.softmax import NO_FACTS, attend, merge, part_weight
@@ -152,7 +152,7 @@ class ForwardPass:
             self._projections[adapter] = Projections.of(adapter)
         return self._projections[adapter]
 
-    def _scale_of(self, adapter: KnowledgeAdapter):
+    def _scale_of(self, adapter: KnowledgeAdapter) -> ScaleOf:
         differentiable = torch.is_grad_enabled() and requires_grad(adapter)
 
         def scale_of(view: ChunkView) -> torch.Tensor | None:
@@ -161,7 +161,8 @@ class ForwardPass:
                 if differentiable:
                     scale_M = self._projections_of(adapter).fact_scale(view.rows(view.chunk.keys_MP))
                 else:
-                    scale_M = view.rows(view.chunk.fact_scale_M(adapter))
+                    scale_M = view.chunk.fact_scale_M(adapter)
+                    scale_M = None if scale_M is None else view.rows(scale_M)
                 self._scales[key] = scale_M
             return self._scales[key]
 

@@ -72,9 +72,10 @@ class KnowledgeBatching:
             )
         if config is None:
             config = ContinuousBatchingConfig(**CPU_CACHE if model.device.type == "cpu" else {})
+        settings: dict[str, Any] = EXACTNESS
         self._attachment = attachment
         self._generation_config = generation_config
-        self._config = replace(config, **EXACTNESS)
+        self._config = replace(config, **settings)
         self._requests: dict[str, _Request] = {}
         self._lock = threading.Lock()
         self._open = ExitStack()

@@ -160,7 +160,8 @@ class PaperLatent:
     """Kind "paper": `<q~, key_m> = r_m (<W_K^T q~, e_m> + <q~, b_K>)`, `out = W_V (sum_m p_m v_m) + b_V`."""
 
     def __init__(self, weights: LayerWeights, query: LayerQuery, scale_of: ScaleOf) -> None:
-        assert weights.key_NHP is not None and weights.key_bias_NH is not None
+        assert weights.key_NHP is not None
+        assert weights.key_bias_NH is not None
         query_NTH = query.query.transpose(0, 1) / math.sqrt(query.query.shape[-1])
         self.query_ATD = torch.bmm(query_NTH, weights.key_NHP)
         self.bias_AT = torch.bmm(query_NTH, weights.key_bias_NH[..., None]).squeeze(-1)
@@ -194,7 +195,8 @@ class PaperExpanded:
     def _block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         keys_mP, values_mP = _embeddings(view, rows, self.query_ATD.dtype)
         weights = self._weights
-        assert weights.key_NHP is not None and weights.key_bias_NH is not None
+        assert weights.key_NHP is not None
+        assert weights.key_bias_NH is not None
         return (
             _heads(keys_mP, weights.key_NHP, weights.key_bias_NH),
             _heads(values_mP, weights.value_NHP, weights.value_bias_NH),

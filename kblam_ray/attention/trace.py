@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kblam_ray.attention.attach import Attachment
-from kblam_ray.attention.batch import Attended, AttendedGroup, Knowledge, segments_of_rows
+from kblam_ray.attention.batch import Attended, AttendedGroup, Knowledge
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.softmax import shares
 from kblam_ray.errors import InputError
@@ -112,8 +112,8 @@ def retrieval_scores(
         layers: default the adapter's retrieval layers.
 
     Returns:
-        float32 [M] in the order of `memory.fact_ids`: the softmax over the facts, mean over layers and heads; the memory's
-        prior takes part where it has one.
+        float32 [M] in the order of `memory.fact_ids`: the softmax over the facts, mean over layers and heads; the
+        memory's prior takes part where it has one.
     """
     return _mean(attachment, input_ids, memory, [[input_ids.shape[1] - 1]], layers, with_text=False)
 
