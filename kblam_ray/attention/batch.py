@@ -158,11 +158,12 @@ class ForwardPass:
         def scale_of(view: ChunkView) -> torch.Tensor | None:
             key = (id(adapter), id(view))
             if key not in self._scales:
+                scale_M: torch.Tensor | None
                 if differentiable:
                     scale_M = self._projections_of(adapter).fact_scale(view.rows(view.chunk.keys_MP))
                 else:
-                    scale_M = view.chunk.fact_scale_M(adapter)
-                    scale_M = None if scale_M is None else view.rows(scale_M)
+                    kept_M = view.chunk.fact_scale_M(adapter)
+                    scale_M = None if kept_M is None else view.rows(kept_M)
                 self._scales[key] = scale_M
             return self._scales[key]
 

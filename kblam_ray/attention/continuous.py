@@ -22,7 +22,7 @@ from kblam_ray.attention.batch import Segment
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import GenerationError, InputError, UnsupportedModelError
 
-CPU_CACHE = {"num_blocks": 64, "max_batch_tokens": 512}
+CPU_NUM_BLOCKS, CPU_MAX_BATCH_TOKENS = 64, 512
 """Sizes of the paged cache on a CPU, where the library's own sizing claims most of the memory."""
 
 EXACTNESS = {
@@ -62,7 +62,7 @@ class KnowledgeBatching:
         generation_config: GenerationConfig | None = None,
         config: ContinuousBatchingConfig | None = None,
     ) -> None:
-        model = attachment.base_model
+        model: Any = attachment.base_model
         implementation = model.config._attn_implementation
         if implementation != "sdpa":
             raise UnsupportedModelError(
@@ -71,9 +71,11 @@ class KnowledgeBatching:
                 help='load the base model with attn_implementation="sdpa"',
             )
         if config is None:
-            config = ContinuousBatchingConfig(**CPU_CACHE if model.device.type == "cpu" else {})
+            config = ContinuousBatchingConfig()
+            if model.device.type == "cpu":
+                config = replace(config, num_blocks=CPU_NUM_BLOCKS, max_batch_tokens=CPU_MAX_BATCH_TOKENS)
         settings: dict[str, Any] = EXACTNESS
-        self._attachment = attachment
+        self._attachment, self._model = attachment, model
         self._generation_config = generation_config
         self._config = replace(config, **settings)
         self._requests: dict[str, _Request] = {}
@@ -84,7 +86,7 @@ class KnowledgeBatching:
     def __enter__(self) -> Self:
         self._open.enter_context(self._attachment.packed(self))
         self._manager = self._open.enter_context(
-            self._attachment.base_model.continuous_batching_context_manager(
+            self._model.continuous_batching_context_manager(
                 generation_config=self._generation_config, continuous_batching_config=self._config
             )
         )

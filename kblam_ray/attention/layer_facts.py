@@ -17,9 +17,10 @@ Each gives `query_ATD`, `bias_AT`, `facts(view)` for `softmax.attend`, and `fini
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -54,24 +55,40 @@ class LayerQuery:
 def layer_query(adapter: KnowledgeAdapter, layer: int, hidden_TX: torch.Tensor) -> LayerQuery:
     """Queries of one KB layer from the hidden states that its attention module receives [T, hidden]."""
     dtype = hidden_TX.dtype
-    head = adapter.query_heads[str(layer)]
+    head: Any = adapter.query_heads[str(layer)]
     bias = None if head.bias is None else head.bias.to(dtype)
     query = torch.nn.functional.linear(hidden_TX, head.weight.to(dtype), bias)
     if adapter.config.kind == "paper":
         shape = adapter.config.base_shape
         return LayerQuery(query.unflatten(-1, (shape.num_heads, shape.head_dim)), None)
-    gate = adapter.gates[str(layer)]
+    gate: Any = adapter.gates[str(layer)]
     return LayerQuery(query, torch.nn.functional.linear(hidden_TX, gate.weight.to(dtype), gate.bias.to(dtype)))
 
 
-class Form(Protocol):
-    """A way to score and mix facts in one KB layer."""
+class Form(ABC):
+    """A way to score and mix facts in one KB layer.
+
+    Attributes:
+        query_ATD: queries, already divided by sqrt(H) where the kind does so.
+        bias_AT: what is added to each query's scores before the facts' scale, or None.
+    """
 
     query_ATD: torch.Tensor
-    bias_AT: torch.Tensor | None
+    bias_AT: torch.Tensor | None = None
 
-    def facts(self, view: ChunkView, log_weights: LogWeights | None) -> Facts: ...
+    def facts(self, view: ChunkView, log_weights: LogWeights | None) -> Facts:
+        """The facts of a view, for `softmax.attend`."""
+        return _ViewFacts(view, log_weights, self.scale(view), self.block)
 
+    def scale(self, view: ChunkView) -> torch.Tensor | None:
+        """What each fact's score is multiplied by [num_rows], or None."""
+        return None
+
+    @abstractmethod
+    def block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of some rows of a view, see `softmax.Facts`."""
+
+    @abstractmethod
     def finish(self, mixed_ATV: torch.Tensor, lse_AT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs [T, N, H] and log-sum-exps [T, N] of the heads."""
 
@@ -127,8 +144,8 @@ class LogWeights:
 
 
 @dataclass(frozen=True)
-class _View:
-    """The parts of `softmax.Facts` that the forms share."""
+class _ViewFacts:
+    """A view as a form sees it: `softmax.Facts`."""
 
     view: ChunkView
     weights: LogWeights | None
@@ -156,69 +173,55 @@ def _embeddings(view: ChunkView, rows: slice, dtype: torch.dtype) -> tuple[torch
     )
 
 
-class PaperLatent:
+class PaperLatent(Form):
     """Kind "paper": `<q~, key_m> = r_m (<W_K^T q~, e_m> + <q~, b_K>)`, `out = W_V (sum_m p_m v_m) + b_V`."""
 
     def __init__(self, weights: LayerWeights, query: LayerQuery, scale_of: ScaleOf) -> None:
-        assert weights.key_NHP is not None
-        assert weights.key_bias_NH is not None
-        query_NTH = query.query.transpose(0, 1) / math.sqrt(query.query.shape[-1])
+        query_NTH = _per_head(query)
         self.query_ATD = torch.bmm(query_NTH, weights.key_NHP)
         self.bias_AT = torch.bmm(query_NTH, weights.key_bias_NH[..., None]).squeeze(-1)
         self._weights, self._scale_of = weights, scale_of
 
-    def facts(self, view: ChunkView, log_weights: LogWeights | None) -> Facts:
-        return _View(view, log_weights, self._scale_of(view), self._block)
+    def scale(self, view: ChunkView) -> torch.Tensor | None:
+        return self._scale_of(view)
 
-    def _block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return _embeddings(view, rows, self.query_ATD.dtype)
 
     def finish(self, mixed_ATV: torch.Tensor, lse_AT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value_NHP = self._weights.value_NHP
         out_NTH = torch.bmm(mixed_ATV.to(value_NHP.dtype), value_NHP.transpose(1, 2))
-        out_NTH = out_NTH + self._weights.value_bias_NH[:, None]
-        return out_NTH.transpose(0, 1), lse_AT.T
+        return (out_NTH + self._weights.value_bias_NH[:, None]).transpose(0, 1), lse_AT.T
 
 
-class PaperExpanded:
+class PaperExpanded(Form):
     """Kind "paper" with the keys and values of a block made on the fly, from base embeddings."""
 
-    bias_AT = None
-
     def __init__(self, weights: LayerWeights, query: LayerQuery, scale_of: ScaleOf) -> None:
-        self.query_ATD = query.query.transpose(0, 1) / math.sqrt(query.query.shape[-1])
+        self.query_ATD = _per_head(query)
         self._weights, self._scale_of = weights, scale_of
 
-    def facts(self, view: ChunkView, log_weights: LogWeights | None) -> Facts:
-        return _View(view, log_weights, self._scale_of(view), self._block)
+    def scale(self, view: ChunkView) -> torch.Tensor | None:
+        return self._scale_of(view)
 
-    def _block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         keys_mP, values_mP = _embeddings(view, rows, self.query_ATD.dtype)
         weights = self._weights
-        assert weights.key_NHP is not None
-        assert weights.key_bias_NH is not None
-        return (
-            _heads(keys_mP, weights.key_NHP, weights.key_bias_NH),
-            _heads(values_mP, weights.value_NHP, weights.value_bias_NH),
-        )
+        keys_NmH = _heads(keys_mP, weights.key_NHP, weights.key_bias_NH)
+        return keys_NmH, _heads(values_mP, weights.value_NHP, weights.value_bias_NH)
 
     def finish(self, mixed_ATV: torch.Tensor, lse_AT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mixed_ATV.transpose(0, 1), lse_AT.T
 
 
-class PaperMaterialized:
+class PaperMaterialized(Form):
     """Kind "paper" with all keys and values in memory, the LayerNorm applied."""
 
-    bias_AT = None
-
     def __init__(self, adapter: KnowledgeAdapter, layer: int, query: LayerQuery) -> None:
-        self.query_ATD = query.query.transpose(0, 1) / math.sqrt(query.query.shape[-1])
+        self.query_ATD = _per_head(query)
         self._adapter, self._layer = adapter, layer
 
-    def facts(self, view: ChunkView, log_weights: LogWeights | None) -> Facts:
-        return _View(view, log_weights, None, self._block)
-
-    def _block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         keys_NMH, values_NMH = view.chunk.materialized(self._adapter, self._layer, self.query_ATD.dtype)
         assert keys_NMH is not None
         return view.rows(keys_NMH, 1, rows.start, rows.stop), view.rows(values_NMH, 1, rows.start, rows.stop)
@@ -227,7 +230,7 @@ class PaperMaterialized:
         return mixed_ATV.transpose(0, 1), lse_AT.T
 
 
-class SharedLatent:
+class SharedLatent(Form):
     """Kind "shared": `<u, (e_m - mean) / scale>` for all heads, a gate per head, and `W_V (sum_m p_m v_m) + b_V`."""
 
     def __init__(self, adapter: KnowledgeAdapter, weights: LayerWeights, query: LayerQuery) -> None:
@@ -238,10 +241,7 @@ class SharedLatent:
         self.bias_AT = -(self.query_ATD.to(exact) @ adapter.key_mean.to(exact))
         self._weights, self._gate_TN = weights, query.gate_TN
 
-    def facts(self, view: ChunkView, log_weights: LogWeights | None) -> Facts:
-        return _View(view, log_weights, None, self._block)
-
-    def _block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return _embeddings(view, rows, self.query_ATD.dtype)
 
     def finish(self, mixed_ATV: torch.Tensor, lse_AT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,13 +262,18 @@ class SharedMaterialized(SharedLatent):
         super().__init__(adapter, weights, query)
         self._adapter, self._layer = adapter, layer
 
-    def _block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(self, view: ChunkView, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         _, values_MX = view.chunk.materialized(self._adapter, self._layer, self.query_ATD.dtype)
         keys_MP = view.rows(view.chunk.keys_MP, 0, rows.start, rows.stop)
         return keys_MP.to(self.query_ATD.dtype), view.rows(values_MX, 0, rows.start, rows.stop)
 
     def finish(self, mixed_ATV: torch.Tensor, lse_AT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mixed_ATV[0].unflatten(-1, self._weights.value_bias_NH.shape), self._gated(lse_AT)
+
+
+def _per_head(query: LayerQuery) -> torch.Tensor:
+    """Query heads [N, T, H], divided by sqrt(H)."""
+    return query.query.transpose(0, 1) / math.sqrt(query.query.shape[-1])
 
 
 def _heads(embeddings_mP: torch.Tensor, weight_NHP: torch.Tensor, bias_NH: torch.Tensor) -> torch.Tensor:

@@ -33,12 +33,12 @@ class LayerWeights:
     """The slices of the projections that one KB layer reads, in the dtype of the hidden states.
 
     Attributes:
-        key_NHP, key_bias_NH: centred key projection; None for kind "shared", which compares base embeddings.
+        key_NHP, key_bias_NH: centred key projection; empty for kind "shared", which compares base embeddings.
         value_NHP, value_bias_NH: value projection.
     """
 
-    key_NHP: torch.Tensor | None
-    key_bias_NH: torch.Tensor | None
+    key_NHP: torch.Tensor
+    key_bias_NH: torch.Tensor
     value_NHP: torch.Tensor
     value_bias_NH: torch.Tensor
 
@@ -55,6 +55,8 @@ class Projections:
         value = adapter.value_projection
         self._value_SNHP = value.weight.unflatten(0, heads)
         self._value_bias_SNH = value.bias.unflatten(0, heads)
+        self._key_SNHP = self._value_SNHP.new_empty(config.slots, 0, 0, 0)
+        self._key_bias_SNH = self._value_SNHP.new_empty(config.slots, 0, 0)
         if self._is_paper:
             exact = exact_dtype(adapter.dtype)
             weight_RP, bias_R = adapter.key_projection.weight.to(exact), adapter.key_projection.bias.to(exact)
@@ -84,8 +86,7 @@ class Projections:
         if weights is None:
             slot = self._layers[layer]
             with torch.inference_mode(False):
-                key = self._key_SNHP[slot].to(dtype) if self._is_paper else None
-                key_bias = self._key_bias_SNH[slot].to(dtype) if self._is_paper else None
+                key, key_bias = self._key_SNHP[slot].to(dtype), self._key_bias_SNH[slot].to(dtype)
                 value, value_bias = self._value_SNHP[slot].to(dtype), self._value_bias_SNH[slot].to(dtype)
             weights = self._cast[layer, dtype] = LayerWeights(key, key_bias, value, value_bias)
         return weights
@@ -141,7 +142,7 @@ def materialize(
     for keys_mP, values_mP in zip(keys_MP.split(FACTS_PER_BLOCK), values_MP.split(FACTS_PER_BLOCK), strict=True):
         keys_mP, values_mP = keys_mP.to(exact_dtype(dtype)), values_mP.to(exact_dtype(dtype))
         value_mNH = values_mP @ weights.value_NHP.flatten(0, 1).T + weights.value_bias_NH.flatten()
-        if weights.key_NHP is None:
+        if adapter.config.kind == "shared":
             values.append(value_mNH.to(dtype))
             continue
         key_mX = keys_mP @ weights.key_NHP.flatten(0, 1).T + weights.key_bias_NH.flatten()
@@ -150,7 +151,7 @@ def materialize(
         keys.append(key_mX.unflatten(1, shape).transpose(0, 1).to(dtype))
         values.append(value_mNH.unflatten(1, shape).transpose(0, 1).to(dtype))
     num_heads, head_dim = weights.value_bias_NH.shape
-    if weights.key_NHP is None:
+    if adapter.config.kind == "shared":
         return None, torch.cat(values) if values else values_MP.new_empty(0, num_heads * head_dim, dtype=dtype)
     if not keys:
         empty = keys_MP.new_empty(num_heads, 0, head_dim, dtype=dtype)
