@@ -23,8 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import nn
 
-from kblam_ray.attention import initialise, kblam_checkpoint, loading, saving
+from kblam_ray.attention.base_probe import device_of
 from kblam_ray.attention.config import STRUCTURE, AdapterConfig, EncoderRef
+from kblam_ray.attention.initialise import settings_for, starting_tensors
+from kblam_ray.attention.kblam_checkpoint import State, read_checkpoint
+from kblam_ray.attention.loading import check_tensors, common_dtype, read_adapter
+from kblam_ray.attention.saving import push_adapter, write_adapter
 from kblam_ray.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -95,9 +99,9 @@ class KnowledgeAdapter(nn.Module):
         Raises:
             AdapterError: a tensor is missing, superfluous, of another shape, no floating-point one or not finite.
         """
-        loading.check_tensors(config, tensors, where=where)
+        check_tensors(config, tensors, where=where)
         if dtype is None:
-            dtype = loading.common_dtype(tensors.values())
+            dtype = common_dtype(tensors.values())
         adapter = cls(config, device="meta")
         copies = {name: tensor.detach().to(device, dtype, copy=True) for name, tensor in tensors.items()}
         nn.Module.load_state_dict(adapter, copies, assign=True)
@@ -123,14 +127,14 @@ class KnowledgeAdapter(nn.Module):
             AdapterError: the folder has no adapter, or a damaged or unsafe one, or one of a newer format.
             StorageError: the files cannot be read or the hub cannot be reached.
         """
-        config, tensors, folder = loading.read_adapter(path, revision=revision)
+        config, tensors, folder = read_adapter(path, revision=revision)
         return cls.of_tensors(config, tensors, device=device, dtype=dtype, where=str(folder))
 
     @classmethod
     def from_kblam(
         cls,
-        encoder_state: kblam_checkpoint.State,
-        model_state: kblam_checkpoint.State,
+        encoder_state: State,
+        model_state: State,
         base_config: PretrainedConfig,
         *,
         kb_layer_frequency: int = 3,
@@ -151,7 +155,7 @@ class KnowledgeAdapter(nn.Module):
             AdapterError: MLP projectors, missing or differently shaped tensors, another number of slots, or files
                 that cannot be read safely.
         """
-        config, tensors = kblam_checkpoint.read_checkpoint(
+        config, tensors = read_checkpoint(
             encoder_state, model_state, base_config, kb_layer_frequency, kb_scale, encoder
         )
         return cls.of_tensors(config, tensors)
@@ -190,18 +194,16 @@ class KnowledgeAdapter(nn.Module):
             AdapterError: settings that do not go together.
             UnsupportedModelError: the layers' query or value projections cannot be found or are quantised.
         """
-        config = initialise.settings_for(
-            base_model, kind, encoder, dim, kb_layer_frequency, kb_layers, sample_keys_MP, settings
-        )
-        tensors = initialise.starting_tensors(base_model, config, text_log_sum_exp_LN, sample_keys_MP, seed)
-        device = device or initialise.device_of(base_model)
+        config = settings_for(base_model, kind, encoder, dim, kb_layer_frequency, kb_layers, sample_keys_MP, settings)
+        tensors = starting_tensors(base_model, config, text_log_sum_exp_LN, sample_keys_MP, seed)
+        device = device or device_of(base_model)
         return cls.of_tensors(config, tensors, device=device, dtype=dtype).train()
 
     def save_pretrained(self, path: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write `adapter_config.json`, `adapter_model.safetensors` and a model card `README.md` into a folder.
 
         A new folder appears with everything in it or not at all. In one that exists each file is replaced in one
-        step, the tensors first, and a model card that is there is kept.
+        step, the tensors first, and a model card that someone has written or edited is kept.
 
         Args:
             state_dict: the tensors to write instead of the adapter's own: where they are partitioned over processes,
@@ -211,7 +213,7 @@ class KnowledgeAdapter(nn.Module):
             AdapterError: the path is a file, or the tensors are not finite.
             StorageError: the disk cannot be written.
         """
-        saving.write_adapter(path, self._config, state_dict or self.state_dict())
+        write_adapter(path, self._config, state_dict or self.state_dict())
 
     def push_to_hub(
         self,
@@ -222,7 +224,7 @@ class KnowledgeAdapter(nn.Module):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face hub; a model card that is there is kept.
+        """Upload what `save_pretrained` writes to the Hugging Face hub; an edited model card there is kept.
 
         Returns:
             The address of the commit.
@@ -231,7 +233,7 @@ class KnowledgeAdapter(nn.Module):
             AdapterError: the hub refuses the name or the credentials.
             StorageError: the hub cannot be reached.
         """
-        return saving.push_adapter(
+        return push_adapter(
             repo_id, self._config, self.state_dict(), private, commit_message, revision=revision, token=token
         )
 
@@ -280,7 +282,7 @@ class KnowledgeAdapter(nn.Module):
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         # Not `parameters()`: that walks the module tree with de-duplication, and this runs in every forward pass.
-        linears = [self.value_projection, *self.query_heads.values()]
+        linears: list[Any] = [self.value_projection, *self.query_heads.values()]
         if self._config.kind == "paper":
             linears.append(self.key_projection)
         else:

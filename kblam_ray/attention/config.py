@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kblam_ray.errors import AdapterError, AdapterMismatchError, UnsupportedModelError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 CONFIG_FILE = "adapter_config.json"
 PAPER_REFUSAL = "I am sorry I cannot find relevant information in the KB."
 
@@ -43,7 +43,7 @@ class BaseShape(BaseModel):
                 another width than their keys.
         """
         text = hf_config.get_text_config(decoder=True)
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden_size": getattr(text, "hidden_size", None),
             "num_layers": getattr(text, "num_hidden_layers", None),
             "num_heads": getattr(text, "num_attention_heads", None),

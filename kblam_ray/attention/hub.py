@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,17 +42,19 @@ def download(name: str, revision: str | None, files: list[str]) -> Path:
 def upload(
     folder: Path,
     name: str,
-    card: str,
     *,
+    compared: list[str],
+    keep: Callable[[Path], list[str]],
     private: bool | None,
     commit_message: str,
     revision: str | None,
     token: str | None,
 ) -> str:
-    """Upload a folder into a repository, made where there is none; a model card that is there is kept.
+    """Upload a folder into a repository, made where there is none.
 
     Args:
-        card: name of the model card's file.
+        compared: files to fetch first, where the repository has them.
+        keep: given the folder of those, names the files that must stay as they are in the repository.
         private: of a new repository; None is the account's default.
 
     Returns:
@@ -66,7 +69,11 @@ def upload(
     hub = HfApi(token=token)
     with _explained(name):
         name = hub.create_repo(name, private=private, exist_ok=True).repo_id
-        kept = [card] if hub.file_exists(name, card, revision=revision) else None
+        with tempfile.TemporaryDirectory() as there:
+            for file in compared:
+                if hub.file_exists(name, file, revision=revision):
+                    hub.hf_hub_download(name, file, revision=revision, local_dir=there)
+            kept = keep(Path(there))
         done = hub.upload_folder(
             repo_id=name,
             folder_path=folder,

@@ -24,7 +24,7 @@ def write_adapter(path: str | Path, config: AdapterConfig, tensors: Mapping[str,
     """Write the three files of an adapter into a folder.
 
     A new folder appears with everything in it or not at all. In one that exists each file is replaced in one step,
-    the tensors first; a model card that is there is kept, and so is everything else.
+    the tensors first; a model card that someone has written or edited is kept, and so is everything else.
 
     Raises:
         AdapterError: the path is a file, or the tensors are not those of the settings, or not finite.
@@ -78,7 +78,8 @@ def push_adapter(
         return hub.upload(
             folder,
             repo_id,
-            CARD_FILE,
+            compared=[CONFIG_FILE, CARD_FILE],
+            keep=_files_to_keep,
             private=private,
             commit_message=commit_message,
             revision=revision,
@@ -140,6 +141,18 @@ def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+def _files_to_keep(folder: Path) -> list[str]:
+    """The model card of a folder, unless it is, word for word, the one that the folder's settings give."""
+    card = folder / CARD_FILE
+    if not card.exists():
+        return []
+    try:
+        is_generated = card.read_text(encoding="utf-8") == model_card(AdapterConfig.read(folder))
+    except (AdapterError, UnicodeDecodeError):
+        is_generated = False
+    return [] if is_generated else [CARD_FILE]
+
+
 def _fill(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     # Contiguous copies: safetensors refuses views and tensors that share memory.
     plain = {
@@ -147,16 +160,18 @@ def _fill(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tenso
     }
     save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
     config.write(folder)
+    # safetensors makes the file readable for its owner alone.
+    (folder / TENSORS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
     (folder / CARD_FILE).write_text(model_card(config), encoding="utf-8")
     for file in folder.iterdir():
         _sync(file)
 
 
 def _replace_files(staging: Path, folder: Path) -> None:
-    for name in (TENSORS_FILE, CONFIG_FILE):
-        os.replace(staging / name, folder / name)
-    if not (folder / CARD_FILE).exists():
-        os.replace(staging / CARD_FILE, folder / CARD_FILE)
+    kept = _files_to_keep(folder)
+    for name in (TENSORS_FILE, CONFIG_FILE, CARD_FILE):
+        if name not in kept:
+            os.replace(staging / name, folder / name)
 
 
 def _sync(path: Path) -> None:
