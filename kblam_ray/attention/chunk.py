@@ -175,6 +175,7 @@ class ChunkView:
     Attributes:
         positions: int64 tensor, ascending: the rows to gather, of a sparse selection. None: all rows are scanned.
         hidden: NumPy int64, ascending: rows that are scanned and must not be seen. None: there are none.
+        hidden_rows: the same as a tensor beside the embeddings.
         serial: tells it from every other view that ever was in this process.
     """
 
@@ -183,12 +184,11 @@ class ChunkView:
         self.chunk = chunk
         self.serial = next(_serials)
         self.hidden = frozen(hidden) if hidden is not None and len(hidden) else None
-        self.positions: torch.Tensor | None = None
         self._host_positions = positions
-        if positions is not None:
-            with torch.inference_mode(False):
-                self.positions = torch.from_numpy(positions).to(chunk.keys_MP.device)
-        self._log_weights_M: torch.Tensor | None = None
+        device = chunk.keys_MP.device
+        with torch.inference_mode(False):
+            self.positions = None if positions is None else torch.from_numpy(positions).to(device)
+            self.hidden_rows = None if self.hidden is None else torch.from_numpy(hidden).to(device)
 
     @property
     def num_rows(self) -> int:
@@ -202,16 +202,15 @@ class ChunkView:
 
     @property
     def log_weights_M(self) -> torch.Tensor | None:
-        """What to add to the logits of the rows: float32 [num_rows], 0 or -inf where hidden; None when all are seen."""
-        if self.hidden is None:
+        """What to add to the logits of the rows: float32 [num_rows], 0 or -inf where hidden; None when all are seen.
+
+        Made at each call: kept, every version of a knowledge base would cost a number per fact.
+        """
+        if self.hidden_rows is None:
             return None
-        if self._log_weights_M is None:
-            with torch.inference_mode(False):
-                device = self.chunk.keys_MP.device
-                weights_M = torch.zeros(self.num_rows, dtype=torch.float32, device=device)
-                weights_M[torch.tensor(self.hidden, device=device)] = float("-inf")
-                self._log_weights_M = weights_M
-        return self._log_weights_M
+        with torch.inference_mode(False):
+            weights_M = torch.zeros(self.num_rows, dtype=torch.float32, device=self.hidden_rows.device)
+            return weights_M.index_fill_(0, self.hidden_rows, float("-inf"))
 
     def rows(self, tensor: torch.Tensor, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Of a tensor with one entry per fact of the chunk along `dim`, the rows of this view from `start` to `stop`.
@@ -279,7 +278,7 @@ class ChunkView:
         held.add_array(self.hidden)
         held.add_array(self._host_positions)
         held.add_tensor(self.positions)
-        held.add_tensor(self._log_weights_M)
+        held.add_tensor(self.hidden_rows)
 
 
 def _contains(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:

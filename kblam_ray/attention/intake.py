@@ -29,7 +29,6 @@ def checked_chunk(
     dtype: torch.dtype | None,
     device: torch.device,
     is_loaded: bool,
-    keeps_texts: bool = True,
 ) -> Chunk:
     """A chunk of M >= 0 facts.
 
@@ -38,7 +37,7 @@ def checked_chunk(
         keys_MP, values_MP, dtype, device: see `embeddings.as_embeddings`.
         facts: see `fact_texts.as_table`, or None.
         fact_ids: int64 [M]; None: the facts' fact_id, else 0 to M-1.
-        keeps_texts: keep the facts, and not their ids only.
+        is_loaded: see `Chunk`.
 
     Raises:
         EmbeddingError: embeddings of another shape or type, of different types, or not finite.
@@ -51,8 +50,7 @@ def checked_chunk(
     ids = _ids(len(keys_MP), table, fact_ids)
     _check_finite("key", keys_MP, ids, table)
     _check_finite("value", values_MP, ids, table)
-    texts = None if table is None or not keeps_texts else fact_texts.texts_of(table)
-    return Chunk(keys_MP, values_MP, ids, texts, is_loaded=is_loaded)
+    return Chunk(keys_MP, values_MP, ids, table and fact_texts.texts_of(table), is_loaded=is_loaded)
 
 
 def split_chunk(chunk: Chunk, rows: int) -> list[Chunk]:

@@ -63,7 +63,7 @@ def choose_form(adapter: KnowledgeAdapter, num_facts: int) -> Form:
     return "materialized" if is_small else "latent"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KnowledgeMemory:
     """The facts that an adapter attends to. Made by `from_embeddings`, and by the methods of another memory.
 
@@ -150,6 +150,10 @@ class KnowledgeMemory:
             is_auto=form == "auto",
         )
 
+    def __repr__(self) -> str:
+        of = f" of {self.num_total}" if self.is_selection else ""
+        return f"KnowledgeMemory({self.num_facts}{of} facts, version {self.version}, {self.form}, {self.dtype})"
+
     @property
     def num_facts(self) -> int:
         """M: live facts that this memory holds."""
@@ -182,11 +186,14 @@ class KnowledgeMemory:
         What is shared within it counts once; what it shares with other memories counts in each.
         """
         held = HeldBytes()
+        self.add_to(held)
+        return held.total()
+
+    def add_to(self, held: HeldBytes) -> None:
         for view in self.views:
             view.add_to(held)
         for prior_M in self.priors or ():
             held.add_tensor(prior_M)
-        return held.total()
 
     def check_adapter(self, adapter: KnowledgeAdapter) -> None:
         """Raises AdapterMismatchError unless the memory was made for `adapter`."""
@@ -212,19 +219,17 @@ class KnowledgeMemory:
         """
         self._check_can_apply(changes)
         upserts = changes.upserts
-        table = fact_texts.as_table(upserts.facts)
-        if "fact_id" not in table.column_names:
+        if "fact_id" not in upserts.facts.column_names:
             raise InputError("the changed facts have no fact_id", help="give the table of a snapshot")
         new = checked_chunk(
             self.adapter.config.dim,
             upserts.key_embeddings_MP,
             upserts.value_embeddings_MP,
-            table,
-            None,
+            upserts.facts if self.has_texts else None,
+            upserts.facts["fact_id"],
             dtype=self.dtype,
             device=self.device,
             is_loaded=False,
-            keeps_texts=self.has_texts,
         )
         gone_ids = np.concatenate([fact_texts.as_fact_ids(changes.deleted_ids), new.fact_ids])
         views = [view for view in (_without(view, gone_ids) for view in self.views) if view is not None]

@@ -70,6 +70,5 @@ def selected_prior(prior_M: torch.Tensor, view: ChunkView, selected: ChunkView) 
         if selected.positions is not None:
             at = selected.positions
             return prior_M[at if view.positions is None else torch.searchsorted(view.positions, at)]
-        prior_M = prior_M.clone()
-        prior_M[torch.tensor(selected.hidden, device=prior_M.device)] = HIDDEN
-        return prior_M
+        assert selected.hidden_rows is not None
+        return prior_M.index_fill(0, selected.hidden_rows, HIDDEN)
