@@ -8,6 +8,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.attention.config import EncoderRef
+from kblam_ray.encoders.load import encoder_spec
+from kblam_ray.table import KnowledgeBase
+
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
     "Question: what is the population of Peru?\nAnswer: I am sorry I cannot find relevant information in the KB.",
@@ -129,3 +134,40 @@ def tiny_llama(seed: int = 0, *, num_layers: int = 4, **sizes) -> LlamaForCausal
         **sizes,
     }
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+FACTS = [
+    ("France", "capital", "Paris"),
+    ("Peru", "capital", "Lima"),
+    ("Peru", "population", "34 million"),
+    ("Ur", "founder", "Meskalamdug"),
+    ("C++", "author", "Bjarne Stroustrup"),
+    ("北京", "country", "China"),
+]
+
+ENCODER = "hashing:64"
+
+
+def tiny_adapter(base, kind: str = "paper", **settings) -> KnowledgeAdapter:
+    """An adapter for `ENCODER`, whose facts a random model notices."""
+    spec = encoder_spec(ENCODER)
+    torch.manual_seed(1)
+    adapter = KnowledgeAdapter.for_model(
+        base, kind=kind, encoder=EncoderRef(**spec.model_dump()), kb_layer_frequency=2, **{"kb_scale": 100, **settings}
+    )
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return adapter.eval()
+
+
+def make_kb(uri) -> KnowledgeBase:
+    kb = KnowledgeBase.create(str(uri), ENCODER)
+    kb.upsert([{"entity": entity, "property": property, "value": value} for entity, property, value in FACTS])
+    return kb
+
+
+def save_base(folder, base=None) -> str:
+    (base or tiny_llama()).save_pretrained(folder)
+    llama_tokenizer().save_pretrained(folder)
+    return str(folder)
