@@ -184,10 +184,32 @@ class _Host:
             segments = segments_of_rows(knowledge, *_input_shape(args, kwargs))
         for segment in segments:
             self._check_memory(segment.memory)
-        forward = ForwardPass.of(segments, next(model.parameters()).device, recorder)
+        wanted = None if recorder is not None else self._last_tokens(args, kwargs)
+        forward = ForwardPass(segments, next(model.parameters()).device, recorder, wanted)
         if forward.groups:
             kwargs["knowledge"] = forward
         return args, kwargs
+
+    def _last_tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, torch.Tensor] | None:
+        """The last layer and the tokens whose logits are asked for, where nothing else of that layer can be seen.
+
+        The first step of `generate` wants the logits of one token: at the others, the last layer need not look at the
+        facts. The layers below must, since later tokens attend to what they make.
+        """
+        keep = kwargs.get("logits_to_keep", 0)
+        everything = ("output_hidden_states", "output_router_logits", "labels")
+        if torch.is_grad_enabled() or any(
+            kwargs.get(name, getattr(self.model.config, name, None)) not in (None, False) for name in everything
+        ):
+            return None
+        last = BaseShape.of(self.model.config).num_layers - 1
+        batch, length = _input_shape(args, kwargs)
+        if isinstance(keep, int):
+            if not 0 < keep < length:
+                return None
+            keep = torch.arange(length - keep, length, device=self.model.device)
+        rows_B1 = torch.arange(batch, device=keep.device)[:, None] * length
+        return last, torch.unique(rows_B1 + keep.long())
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         forward = kwargs.get("knowledge")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.layer_facts import Form, LayerQuery, LogWeights, ScaleOf, layer_form, layer_query
 from kblam_ray.attention.memory import ChunkView, KnowledgeMemory
-from kblam_ray.attention.projections import Projections, exact_dtype, requires_grad
+from kblam_ray.attention.projections import Projections, exact_dtype, is_differentiable
 from kblam_ray.attention.softmax import NO_FACTS, attend, merge, part_weight
 from kblam_ray.errors import InputError
 
@@ -81,6 +81,17 @@ class Group:
     def views(self) -> Iterator[tuple[ChunkView, LogWeights | None]]:
         return zip(self.memory.views, self.log_weights, strict=True)
 
+    def only(self, wanted_T: torch.Tensor) -> Group | None:
+        """The group with those of its tokens that are wanted; None when there are none."""
+        places = wanted_T
+        if self.tokens is not None:
+            places = torch.isin(self.tokens, wanted_T).nonzero().squeeze(1)
+        if not len(places):
+            return None
+        tokens = places if self.tokens is None else self.tokens[places]
+        taken = (None if weights is None else weights.take(places) for weights in self.log_weights)
+        return Group(self.memory, tokens, tuple(taken))
+
 
 class Recorder(Protocol):
     """Watches the attention of KB layers, see `trace.py`."""
@@ -89,27 +100,40 @@ class Recorder(Protocol):
         """Called once per KB layer: what was attended to, and the facts' weight beside the text for each token."""
 
 
-@dataclass
 class ForwardPass:
     """One forward pass of a base model with knowledge: who attends to what, and what its KB layers share.
 
+    Args:
+        segments: who attends to what, together all tokens of the batch.
+        recorder: sees every KB layer's attention.
+        last_tokens: the last decoder layer, and the tokens whose output of it is wanted; others have none of the
+            facts there. None: all are wanted.
+
     Attributes:
         groups: the tokens by what they attend to; tokens without facts are in none.
-        recorder: sees every KB layer's attention.
         served: KB layers whose attention had its knowledge.
     """
 
-    groups: list[Group]
-    num_tokens: int
-    recorder: Recorder | None = None
-    served: set[int] = field(default_factory=set)
-    _projections: dict[KnowledgeAdapter, Projections] = field(default_factory=dict)
-    _scales: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, segments: list[Segment], device: torch.device, recorder: Recorder | None = None) -> ForwardPass:
-        groups = [_group(members, segments[-1].stop, device) for members in _by_facts(segments).values()]
-        return cls(groups, segments[-1].stop if segments else 0, recorder)
+    def __init__(
+        self,
+        segments: list[Segment],
+        device: torch.device,
+        recorder: Recorder | None = None,
+        last_tokens: tuple[int, torch.Tensor] | None = None,
+    ) -> None:
+        self.num_tokens = segments[-1].stop if segments else 0
+        self.groups = [_group(members, self.num_tokens, device) for members in _by_facts(segments).values()]
+        self.recorder = recorder
+        self.served: set[int] = set()
+        self._last_tokens = last_tokens
+        # Here and not when a layer first asks: gradient checkpointing repeats layers, not what came before them.
+        self._projections = {group.adapter: Projections.of(group.adapter) for group in self.groups}
+        self._scales = {
+            (group.adapter, view.serial): self._make_scale(group.adapter, view)
+            for group in self.groups
+            if group.adapter.config.kind == "paper"
+            for view in group.memory.views
+        }
 
     @property
     def layers(self) -> set[int]:
@@ -123,6 +147,8 @@ class ForwardPass:
         """
         self.served.add(layer)
         groups = [group for group in self.groups if layer in group.adapter.config.layers]
+        if self._last_tokens is not None and layer == self._last_tokens[0]:
+            groups = [found for group in groups if (found := group.only(self._last_tokens[1])) is not None]
         if not groups:
             return None
         queries: dict[KnowledgeAdapter, LayerQuery] = {}
@@ -136,7 +162,7 @@ class ForwardPass:
 
     def _attend_group(self, group: Group, layer: int, query: LayerQuery) -> Attended:
         adapter, memory = group.adapter, group.memory
-        form = layer_form(adapter, layer, query, self._projections_of(adapter), memory.form, self._scale_of(adapter))
+        form = layer_form(adapter, layer, query, self._projections[adapter], memory.form, self._scale_of(adapter))
         parts = [attend(form.query_ATD, form.bias_AT, form.facts(*view)) for view in group.views()]
         mixed_ATV, lse_AT = parts[0]
         for part in parts[1:]:
@@ -147,27 +173,15 @@ class ForwardPass:
             lse_TN = lse_TN + (math.log(adapter.config.kb_scale) - memory.log_num_facts)
         return Attended(out_TNH, lse_TN, [AttendedGroup(group, form, lse_AT)], self.num_tokens)
 
-    def _projections_of(self, adapter: KnowledgeAdapter) -> Projections:
-        if adapter not in self._projections:
-            self._projections[adapter] = Projections.of(adapter)
-        return self._projections[adapter]
-
     def _scale_of(self, adapter: KnowledgeAdapter) -> ScaleOf:
-        differentiable = torch.is_grad_enabled() and requires_grad(adapter)
+        return lambda view: self._scales[adapter, view.serial]
 
-        def scale_of(view: ChunkView) -> torch.Tensor | None:
-            key = (id(adapter), id(view))
-            if key not in self._scales:
-                scale_M: torch.Tensor | None
-                if differentiable:
-                    scale_M = self._projections_of(adapter).fact_scale(view.rows(view.chunk.keys_MP))
-                else:
-                    kept_M = view.chunk.fact_scale_M(adapter)
-                    scale_M = None if kept_M is None else view.rows(kept_M)
-                self._scales[key] = scale_M
-            return self._scales[key]
-
-        return scale_of
+    def _make_scale(self, adapter: KnowledgeAdapter, view: ChunkView) -> torch.Tensor:
+        if is_differentiable(adapter):
+            return self._projections[adapter].fact_scale(view.rows(view.chunk.keys_MP))
+        kept_M = view.chunk.fact_scale_M(adapter)
+        assert kept_M is not None
+        return view.rows(kept_M)
 
 
 @dataclass(frozen=True)

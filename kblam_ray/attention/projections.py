@@ -50,7 +50,7 @@ class Projections:
         config, shape = adapter.config, adapter.config.base_shape
         self._layers = {layer: config.slot_of(layer) for layer in config.layers}
         self._is_paper = config.kind == "paper"
-        self._cast: dict[tuple[int, torch.dtype], LayerWeights] = {}
+        self._cast: dict[tuple[int, torch.dtype], LayerWeights] | None = None if is_differentiable(adapter) else {}
         heads = (-1, shape.num_heads, shape.head_dim)
         value = adapter.value_projection
         self._value_SNHP = value.weight.unflatten(0, heads)
@@ -70,7 +70,7 @@ class Projections:
     def of(cls, adapter: KnowledgeAdapter) -> Projections:
         """The projections of the adapter as it is now; kept between calls as long as its weights stay, unless
         autograd is recording them."""
-        if torch.is_grad_enabled() and requires_grad(adapter):
+        if is_differentiable(adapter):
             return cls(adapter)
         key = adapter.weights_key()
         known = _KNOWN.get(adapter)
@@ -82,14 +82,18 @@ class Projections:
 
     def layer(self, layer: int, dtype: torch.dtype) -> LayerWeights:
         """What KB layer `layer` reads, as `dtype`."""
-        weights = self._cast.get((layer, dtype))
-        if weights is None:
-            slot = self._layers[layer]
-            with torch.inference_mode(False):
-                key, key_bias = self._key_SNHP[slot].to(dtype), self._key_bias_SNH[slot].to(dtype)
-                value, value_bias = self._value_SNHP[slot].to(dtype), self._value_bias_SNH[slot].to(dtype)
-            weights = self._cast[layer, dtype] = LayerWeights(key, key_bias, value, value_bias)
-        return weights
+        if self._cast is None:
+            # Not kept between layers: gradient checkpointing repeats a layer and must see the same operations again.
+            return self._slices(layer, dtype)
+        if (layer, dtype) not in self._cast:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast[layer, dtype] = self._slices(layer, dtype)
+        return self._cast[layer, dtype]
+
+    def _slices(self, layer: int, dtype: torch.dtype) -> LayerWeights:
+        slot = self._layers[layer]
+        sources = (self._key_SNHP, self._key_bias_SNH, self._value_SNHP, self._value_bias_SNH)
+        return LayerWeights(*(source[slot].to(dtype) for source in sources))
 
     def fact_scale(self, keys_MP: torch.Tensor) -> torch.Tensor:
         """r_m of each fact: float32 [M] (float64 where the adapter is)."""
@@ -119,6 +123,11 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def requires_grad(adapter: KnowledgeAdapter) -> bool:
     return any(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def is_differentiable(adapter: KnowledgeAdapter) -> bool:
+    """Whether autograd is recording what is made from the adapter's weights."""
+    return torch.is_grad_enabled() and requires_grad(adapter)
 
 
 def fact_scale(adapter: KnowledgeAdapter, keys_MP: torch.Tensor) -> torch.Tensor:
