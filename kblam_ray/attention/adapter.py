@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kblam_ray.attention.base_probe import device_of
 from kblam_ray.attention.config import STRUCTURE, AdapterConfig, EncoderRef
@@ -270,11 +271,11 @@ class KnowledgeAdapter(nn.Module):
     def weights_key(self) -> tuple:
         """A hashable value that changes whenever the weights may have changed.
 
-        What is derived from the weights may be kept as long as the key stays the same. Noticed by itself: steps of
-        optimizers, other changes in place, new tensors, moves and casts, loading, `train()` and `eval()`. Not
-        noticed: writing through `.data`, as some optimizers that shard parameters do: call `weights_changed` then.
+        What is derived from the weights may be kept as long as the key stays the same. Noticed by itself: a step of
+        any torch optimizer in this process, other changes in place, new tensors, moves and casts, loading, `train()`
+        and `eval()`. Not noticed: writing through `.data` outside of an optimizer: call `weights_changed` then.
         """
-        return (self._state, *(_identity(tensor) for tensor in self._tensors()))
+        return (self._state, _optimizer_steps, *(_identity(tensor) for tensor in self._tensors()))
 
     def weights_changed(self) -> None:
         """Say that the weights changed in a way that torch does not count, see `weights_key`."""
@@ -305,6 +306,18 @@ class KnowledgeAdapter(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.weights_changed()
         return super()._apply(*args, **kwargs)
+
+
+# torch counts the changes of a tensor, except those by its fused optimizers and by those that shard parameters.
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[_Token, int, int]:

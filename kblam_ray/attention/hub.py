@@ -25,7 +25,7 @@ def download(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
-    with _explained(name):
+    with _explained(name, "there is no such folder on this machine, and "):
         try:
             # One quick question first: a download retries an unreachable hub for more than a minute.
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
@@ -85,7 +85,7 @@ def upload(
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, besides: str = "") -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -102,15 +102,13 @@ def _explained(name: str) -> Iterator[None]:
         raise AdapterError("not a name the hub can have", where=name, help="give `owner/name`") from None
     except OfflineModeIsEnabled:
         raise StorageError(
-            "the adapter is not on this machine and HF_HUB_OFFLINE forbids the hub",
-            where=name,
-            help="unset HF_HUB_OFFLINE or give a folder",
+            f"{besides}HF_HUB_OFFLINE forbids the hub", where=name, help="unset HF_HUB_OFFLINE, or use a folder"
         ) from None
     except GatedRepoError:
         raise AdapterError("access is gated", where=name, help="accept the terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise AdapterError(
-            "there is no such folder, and the hub has no such repository, or a private one",
+            f"{besides}the hub has no such repository, or a private one",
             where=name,
             help="check the path or name; for a private repository set HF_TOKEN",
         ) from None
@@ -123,7 +121,7 @@ def _explained(name: str) -> Iterator[None]:
         if isinstance(error, HfHubHTTPError) and _refused(error):
             raise AdapterError(f"the hub refused: {reason}", where=name, help="check name and HF_TOKEN") from None
         raise StorageError(
-            f"there is no such folder on this machine and the hub cannot be reached ({reason})",
+            f"{besides}the hub cannot be reached ({reason})",
             where=name,
             help="check path and network",
         ) from None
