@@ -77,6 +77,8 @@ def shares(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Each fact's share of a softmax over facts whose log-sum-exp is known, in blocks: (rows, shares [A, T, m])."""
     num_rows_A, num_tokens = query_ATD.shape[:2]
+    # Where all facts are hidden their shares are 0: the difference of two infinities would make them NaN.
+    lse_AT = lse_AT.masked_fill(lse_AT == NO_FACTS, 0.0)
     for rows in _slices(facts.num_rows, _facts_per_block(query_ATD, num_rows_A * num_tokens)):
         keys, _ = facts.block(rows)
         scores_ATm = _scores(query_ATD, bias_AT, keys, facts, rows, slice(0, num_tokens))

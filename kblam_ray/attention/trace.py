@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -260,7 +259,7 @@ class _TopN:
             for rows, shares_Atm in blocks:
                 share_tm = _mean_over_heads(shares_Atm, weight_tN)
                 found = share_tm.topk(min(self._top_n, share_tm.shape[1]), dim=1)
-                ids = torch.from_numpy(np.ascontiguousarray(fact_ids_M[rows]))[found.indices.cpu()].to(ids_tn.device)
+                ids = torch.tensor(fact_ids_M[rows])[found.indices.cpu()].to(ids_tn.device)
                 best_tn, ids_tn = torch.cat([best_tn, found.values], 1), torch.cat([ids_tn, ids], 1)
                 kept = best_tn.topk(min(self._top_n, best_tn.shape[1]), dim=1)
                 best_tn, ids_tn = kept.values, ids_tn.gather(1, kept.indices)

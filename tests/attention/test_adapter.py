@@ -264,4 +264,4 @@ def test_the_encoder_of_an_adapter_can_be_anything_with_its_three_fields():
     made = KnowledgeAdapter.for_model(base_model(), encoder=Encoder())
     assert made.config.encoder == ENCODER
     assert made.config.dim == 10
-    assert SHAPE != made.config.base_shape
+    assert made.config.base_shape != SHAPE
