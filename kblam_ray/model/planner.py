@@ -150,11 +150,12 @@ def memory_size(adapter: AdapterConfig, num_facts: int, dtype: torch.dtype) -> d
     Embeddings take 16 bits a number: the table's float16 beside a float32 base model, else the model's dtype.
     """
     shape = adapter.base_shape
-    per_fact = 2 * adapter.dim * 2 + ID_BYTES
-    values = len(adapter.layers) * shape.num_heads * shape.head_dim * dtype.itemsize
-    if adapter.kind == "shared":
-        return {"latent": num_facts * per_fact, "materialized": num_facts * (per_fact + values)}
-    return {"latent": num_facts * (per_fact + SCALE_BYTES), "materialized": num_facts * (per_fact + 2 * values)}
+    is_paper = adapter.kind == "paper"
+    per_fact = 2 * adapter.dim * 2 + ID_BYTES + (SCALE_BYTES if is_paper else 0)
+    # Kind "shared" scores base embeddings: it has values to materialize and no keys.
+    parts = 2 if is_paper else 1
+    made = parts * len(adapter.layers) * shape.num_heads * shape.head_dim * dtype.itemsize
+    return {"latent": num_facts * per_fact, "materialized": num_facts * (per_fact + made)}
 
 
 def kv_cache_size(config: PretrainedConfig, dtype: torch.dtype) -> int:
