@@ -53,8 +53,9 @@ class Projections:
         self._cast: dict[tuple[int, torch.dtype], LayerWeights] | None = None if is_differentiable(adapter) else {}
         heads = (-1, shape.num_heads, shape.head_dim)
         value = adapter.value_projection
-        self._value_SNHP = value.weight.unflatten(0, heads)
-        self._value_bias_SNH = value.bias.unflatten(0, heads)
+        # A view of a parameter requires a gradient even when made without autograd.
+        kept = (tensor if is_differentiable(adapter) else tensor.detach() for tensor in (value.weight, value.bias))
+        self._value_SNHP, self._value_bias_SNH = (tensor.unflatten(0, heads) for tensor in kept)
         self._key_SNHP = self._value_SNHP.new_empty(config.slots, 0, 0, 0)
         self._key_bias_SNH = self._value_SNHP.new_empty(config.slots, 0, 0)
         if self._is_paper:
