@@ -65,7 +65,8 @@ def settings_for(
     shape = BaseShape.of(base_model.config)
     num_layers = len(range(0, shape.num_layers, kb_layer_frequency)) if kb_layer_frequency else len(kb_layers or ())
     given = {
-        "slots": num_layers,
+        # At least one, so that what is said of a list without layers is that it is one.
+        "slots": max(num_layers, 1),
         "base_model": getattr(base_model.config, "_name_or_path", "") or None,
         **settings,
         "kind": kind,
