@@ -20,7 +20,7 @@ from kblam_ray.attention.layer_facts import Form, LayerQuery, LogWeights, ScaleO
 from kblam_ray.attention.memory import ChunkView, KnowledgeMemory
 from kblam_ray.attention.projections import Projections, exact_dtype, is_differentiable
 from kblam_ray.attention.softmax import NO_FACTS, attend, merge, part_weight
-from kblam_ray.errors import InputError
+from kblam_ray.errors import InputError, UnsupportedModelError
 
 Knowledge = KnowledgeMemory | Sequence[KnowledgeMemory | None] | None
 """What a caller gives: one memory for all rows, or one (or None) per row."""
@@ -126,6 +126,7 @@ class ForwardPass:
         self.recorder = recorder
         self.served: set[int] = set()
         self._last_tokens = last_tokens
+        self._records = any(is_differentiable(group.adapter) for group in self.groups)
         # Here and not when a layer first asks: gradient checkpointing repeats layers, not what came before them.
         self._projections = {group.adapter: Projections.of(group.adapter) for group in self.groups}
         self._scales = {
@@ -146,6 +147,14 @@ class ForwardPass:
         Differentiable in the adapter's weights and the hidden states when autograd is on.
         """
         self.served.add(layer)
+        if self._records and not torch.is_grad_enabled():
+            # That kind runs each layer without autograd first, then with it, one backward pass per layer: what the
+            # layers share would belong to the first of those only.
+            raise UnsupportedModelError(
+                "gradient checkpointing of the kind use_reentrant=True",
+                where=f"layer {layer}",
+                help='enable it with gradient_checkpointing_kwargs={"use_reentrant": False}',
+            )
         groups = [group for group in self.groups if layer in group.adapter.config.layers]
         if self._last_tokens is not None and layer == self._last_tokens[0]:
             groups = [found for group in groups if (found := group.only(self._last_tokens[1])) is not None]
