@@ -171,6 +171,7 @@ class KnowledgeAdapter(nn.Module):
         dim: int | None = None,
         kb_layer_frequency: int | None = None,
         kb_layers: list[int] | None = None,
+        sample_ids_BT: torch.Tensor | None = None,
         text_log_sum_exp_LN: torch.Tensor | None = None,
         sample_keys_MP: torch.Tensor | None = None,
         seed: int = 0,
@@ -181,11 +182,12 @@ class KnowledgeAdapter(nn.Module):
         """A new adapter, initialised so that training starts well; `initialise.py` says how.
 
         Args:
-            base_model: the transformers model, with its weights; it runs once over a few random tokens.
+            base_model: the transformers model, with its weights; it runs once over the sample.
             encoder: the sentence encoder; or give only `dim`, its P.
             kb_layer_frequency, kb_layers: one of the two; with neither every third layer is a KB layer.
+            sample_ids_BT: token ids of typical text, without padding; None: a few random tokens.
             text_log_sum_exp_LN: [L, N] mean log-sum-exp of the text logits, at which kind "shared" sets the gates'
-                biases; None: zero.
+                biases; None: as measured over the sample. `base_probe.probe` measures it over padded batches, too.
             sample_keys_MP: some base embeddings of key texts, whose mean and scale kind "shared" stores; None: 0 and 1.
             device: None is that of the base model's embeddings.
             dtype: of the tensors. Training in 16 bit loses small updates: keep float32.
@@ -196,7 +198,7 @@ class KnowledgeAdapter(nn.Module):
             UnsupportedModelError: the layers' query or value projections cannot be found or are quantised.
         """
         config = settings_for(base_model, kind, encoder, dim, kb_layer_frequency, kb_layers, sample_keys_MP, settings)
-        tensors = starting_tensors(base_model, config, text_log_sum_exp_LN, sample_keys_MP, seed)
+        tensors = starting_tensors(base_model, config, sample_ids_BT, text_log_sum_exp_LN, sample_keys_MP, seed)
         device = device or device_of(base_model)
         return cls.of_tensors(config, tensors, device=device, dtype=dtype).train()
 

@@ -1,4 +1,7 @@
-"""What a base model's own attention works on: how large its hidden states and values are, and its query projections."""
+"""What a base model's own attention works on: the size of its states and values, its log-sum-exps, its queries.
+
+Shape legend: B batch, T prompt tokens, N query heads, K key/value heads, H head dim, X hidden size.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +26,47 @@ STACKED = {"phi3": "qkv_proj", "phi4_multimodal": "qkv_proj", "gpt2": "c_attn"}
 INTERLEAVED = {"gpt_neox": "query_key_value", "persimmon": "query_key_value"}
 """Families whose one projection gives query, key and value of the first head, then of the second, and so on."""
 
-_MEASURED_ATTENTION = "kblam_ray_measured"
+_WATCHED_ATTENTION = "kblam_ray_watched"
 
 
 @dataclass
-class LayerSizes:
-    """Root mean squares of one layer's attention: of the hidden states it receives, and of its values."""
+class LayerProbe:
+    """What one layer's attention worked on: root mean squares, and the normaliser of its softmax.
 
-    hidden: float = math.nan
-    value: float = math.nan
+    Attributes:
+        hidden: of the hidden states that the attention module received.
+        value: of its values.
+        text_log_sum_exp_N: per query head the mean log-sum-exp of the logits, float32 [N] on the CPU.
+    """
+
+    hidden: float
+    value: float
+    text_log_sum_exp_N: torch.Tensor
 
 
-def measure_sizes(
-    base_model: PreTrainedModel, layers: tuple[int, ...], generator: torch.Generator
-) -> dict[int, LayerSizes]:
-    """Run the base model over a few random tokens and measure what the attention of some layers works on.
+def probe(
+    base_model: PreTrainedModel,
+    layers: tuple[int, ...],
+    input_ids_BT: torch.Tensor,
+    attention_mask_BT: torch.Tensor | None = None,
+) -> dict[int, LayerProbe]:
+    """Run the base model once and measure what the attention of some layers works on, over all tokens but padding.
+
+    Args:
+        input_ids_BT: token ids, as typical as can be of what the model will be asked.
+        attention_mask_BT: 1 for tokens, 0 for padding; None: no padding.
 
     Raises:
         UnsupportedModelError: it has no weights, lacks a layer, or what it computes is not finite.
     """
     modules = _attention_modules(base_model, layers)
-    embeddings: Any = base_model.get_input_embeddings().weight
-    if embeddings.is_meta:
+    device = device_of(base_model)
+    if device.type == "meta":
         raise UnsupportedModelError(
             "the base model's weights are not loaded", where=type(base_model).__name__, help="load it with its weights"
         )
-    ids = torch.randint(embeddings.shape[0], (1, NUM_SAMPLE_TOKENS), generator=generator).to(embeddings.device)
-    sizes = {layer: LayerSizes() for layer in layers}
+    is_real_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
+    watches = {layer: _Watch(is_real_BT.bool()) for layer in layers}
     training = [module for module in base_model.modules() if module.training]
     configs: dict[int, Any] = {layer: module.config for layer, module in modules.items()}
     hooks = []
@@ -57,12 +74,13 @@ def measure_sizes(
         base_model.eval()
         for layer, module in modules.items():
             # Attention modules look the attention function up by the name in their config, which layers share.
-            measuring = copy.copy(configs[layer])
-            measuring._attn_implementation_internal = _MEASURED_ATTENTION
-            module.config = measuring
-            hooks.append(module.register_forward_pre_hook(_Measure(sizes[layer]), with_kwargs=True))
+            watched = copy.copy(configs[layer])
+            watched._attn_implementation_internal = _WATCHED_ATTENTION
+            module.config = watched
+            hooks.append(module.register_forward_pre_hook(watches[layer].before, with_kwargs=True))
         with torch.no_grad():
-            base_model(input_ids=ids, use_cache=False)
+            mask = None if attention_mask_BT is None else attention_mask_BT.to(device)
+            base_model(input_ids=input_ids_BT.to(device), attention_mask=mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,40 +88,68 @@ def measure_sizes(
             module.config = configs[layer]
         for module in training:
             module.training = True
-    wrong = [layer for layer, size in sizes.items() if not math.isfinite(size.hidden + size.value)]
-    if wrong:
-        raise UnsupportedModelError(
-            f"what the attention of layer {wrong[0]} computes is not finite",
-            where=type(base_model).__name__,
-            help="check the base model's weights, or load it in a wider dtype",
-        )
-    return sizes
+    return {layer: watch.probed(layer, type(base_model).__name__) for layer, watch in watches.items()}
 
 
-@dataclass
-class _Measure:
-    """Forward pre-hook of an attention module: notes the hidden states, and asks for a note on the values."""
+def random_tokens(base_model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:
+    """Some token ids of a base model's vocabulary, [1, T], for want of text."""
+    embeddings: Any = base_model.get_input_embeddings()
+    return torch.randint(embeddings.weight.shape[0], (1, NUM_SAMPLE_TOKENS), generator=generator)
 
-    sizes: LayerSizes
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+class _Watch:
+    """Watches one attention module through one forward pass."""
+
+    def __init__(self, is_real_BT: torch.Tensor) -> None:
+        self._is_real_BT = is_real_BT
+        self._hidden = self._value = math.nan
+        self._text_log_sum_exp_N = torch.tensor([math.nan])
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook: notes the hidden states, and asks to be told of queries, keys and values."""
         hidden_BTX = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.sizes.hidden = _root_mean_square(hidden_BTX)
-        return args, {**kwargs, "measured_sizes": self.sizes}
+        self._hidden = _root_mean_square(hidden_BTX[self._is_real_BT.to(hidden_BTX.device)])
+        return args, {**kwargs, "kblam_ray_watch": self}
+
+    def attention(
+        self,
+        query_BNTH: torch.Tensor,
+        key_BKTH: torch.Tensor,
+        value_BKTH: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        # Here, not above: text.py imports the adapter, which imports this module.
+        from kblam_ray.attention.text import text_log_sum_exp
+
+        is_real_BT = self._is_real_BT.to(query_BNTH.device)
+        self._value = _root_mean_square(value_BKTH.transpose(1, 2)[is_real_BT])
+        lse_BNT = text_log_sum_exp(query_BNTH, key_BKTH, mask, is_causal=mask is None, scale=scale)
+        self._text_log_sum_exp_N = lse_BNT.transpose(1, 2)[is_real_BT].float().mean(0).cpu()
+
+    def probed(self, layer: int, where: str) -> LayerProbe:
+        found = LayerProbe(self._hidden, self._value, self._text_log_sum_exp_N)
+        if not math.isfinite(found.hidden + found.value + found.text_log_sum_exp_N.sum().item()):
+            raise UnsupportedModelError(
+                f"what the attention of layer {layer} computes is not finite",
+                where=where,
+                help="check the base model's weights, or load it in a wider dtype",
+            )
+        return found
 
 
-def _measured_attention(
+def _watched_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    measured_sizes: LayerSizes,
+    kblam_ray_watch: _Watch,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    measured_sizes.value = _root_mean_square(value)
+    kblam_ray_watch.attention(query, key, value, attention_mask, kwargs.get("scaling"))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -171,7 +217,7 @@ def _attention_modules(base_model: PreTrainedModel, layers: tuple[int, ...]) -> 
 
     from kblam_ray.attention.attach import attention_modules
 
-    AttentionInterface.register(_MEASURED_ATTENTION, _measured_attention)
+    AttentionInterface.register(_WATCHED_ATTENTION, _watched_attention)
     found = attention_modules(base_model)
     missing = [layer for layer in layers if layer not in found]
     if missing:

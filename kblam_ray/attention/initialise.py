@@ -2,8 +2,8 @@
 
 Shape legend: L KB layers, S slots of the key vector, N query heads, H head dim, P encoder dim.
 
-The base model runs once over a few random tokens; per KB layer that gives the size of the hidden states that its
-attention receives and of its own values. From these:
+The base model runs once over sample tokens, random ones for want of text; per KB layer that gives the size of the
+hidden states that its attention receives, of its own values, and the log-sum-exp of its text logits. From these:
 
 - value projection, both kinds: the values of a fact are as large as the base model's own in that layer, so that
   neither side drowns the other in the sum; bias 0. Base embeddings are taken to have length 1, as sentence encoders
@@ -14,8 +14,8 @@ attention receives and of its own values. From these:
   a part that all keys share.
 - kind "shared": query heads small enough that the scores of the facts differ by 0.1, so that every fact starts with
   about the same share and gets gradient; gates as small, around a bias at which a head gives text and facts half of
-  its attention each: the measured log-sum-exp of its text logits, less that of the facts. Without that measurement the
-  biases are 0.
+  its attention each: the log-sum-exp of its text logits, which differs by tens between heads and models, less that of
+  the facts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kblam_ray.attention.base_probe import LayerSizes, measure_sizes, own_query_projections
+from kblam_ray.attention.base_probe import LayerProbe, own_query_projections, probe, random_tokens
 from kblam_ray.attention.config import AdapterConfig, BaseShape, EncoderRef
 from kblam_ray.errors import AdapterError
 
@@ -82,6 +82,7 @@ def settings_for(
 def starting_tensors(
     base_model: PreTrainedModel,
     config: AdapterConfig,
+    sample_ids_BT: torch.Tensor | None,
     text_log_sum_exp_LN: torch.Tensor | None,
     sample_keys_MP: torch.Tensor | None,
     seed: int,
@@ -89,7 +90,9 @@ def starting_tensors(
     """The tensors of a new adapter in float32 on the CPU; the module's docstring says how they are chosen.
 
     Args:
-        text_log_sum_exp_LN: [L, N] mean log-sum-exp of the text logits per KB layer and head, or None.
+        sample_ids_BT: token ids to run the base model over, without padding; None: random ones.
+        text_log_sum_exp_LN: [L, N] mean log-sum-exp of the text logits per KB layer and head, instead of that over
+            the sample.
         sample_keys_MP: base embeddings of some key texts, kind "shared", or None.
         seed: the same seed gives the same tensors.
 
@@ -99,12 +102,14 @@ def starting_tensors(
             out in a way that is not known, or its hidden states are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = measure_sizes(base_model, config.layers, generator)
+    if sample_ids_BT is None:
+        sample_ids_BT = random_tokens(base_model, generator)
+    probes = probe(base_model, config.layers, sample_ids_BT)
     draw = _Normal(generator)
     width = config.heads_width
     value_SXP = torch.zeros(config.slots, width, config.dim)
     for layer in config.layers:
-        value_SXP[config.slot_of(layer)] = draw((width, config.dim), sizes[layer].value)
+        value_SXP[config.slot_of(layer)] = draw((width, config.dim), probes[layer].value)
     tensors = {
         "value_projection.weight": value_SXP.flatten(0, 1),
         "value_projection.bias": torch.zeros(config.slots * width),
@@ -115,12 +120,12 @@ def starting_tensors(
         for layer, weight in own_query_projections(base_model, config).items():
             tensors[f"query_heads.{layer}.weight"] = weight
         return tensors
-    return tensors | _shared_tensors(config, sizes, draw, text_log_sum_exp_LN, sample_keys_MP)
+    return tensors | _shared_tensors(config, probes, draw, text_log_sum_exp_LN, sample_keys_MP)
 
 
 def _shared_tensors(
     config: AdapterConfig,
-    sizes: dict[int, LayerSizes],
+    probes: dict[int, LayerProbe],
     draw: _Normal,
     text_log_sum_exp_LN: torch.Tensor | None,
     sample_keys_MP: torch.Tensor | None,
@@ -134,13 +139,13 @@ def _shared_tensors(
         # One embedding, or the same one many times, has no spread.
         scale = spread.view(1) if spread > 0 else scale
         key_length = config.dim**0.5
-    gate_bias_LN = torch.zeros(len(config.layers), heads)
-    if text_log_sum_exp_LN is not None:
-        _check("text_log_sum_exp_LN", text_log_sum_exp_LN, (len(config.layers), heads))
-        gate_bias_LN = text_log_sum_exp_LN.float().cpu() - _expected_log_sum_exp(config)
+    if text_log_sum_exp_LN is None:
+        text_log_sum_exp_LN = torch.stack([probes[layer].text_log_sum_exp_N for layer in config.layers])
+    _check("text_log_sum_exp_LN", text_log_sum_exp_LN, (len(config.layers), heads))
+    gate_bias_LN = text_log_sum_exp_LN.float().cpu() - _expected_log_sum_exp(config)
     tensors = {"key_mean": mean_P, "key_scale": scale}
     for slot, layer in enumerate(config.layers):
-        hidden_length = max(sizes[layer].hidden, 1e-6) * hidden**0.5
+        hidden_length = max(probes[layer].hidden, 1e-6) * hidden**0.5
         tensors[f"query_heads.{layer}.weight"] = draw((config.dim, hidden), SPREAD / (hidden_length * key_length))
         tensors[f"query_heads.{layer}.bias"] = torch.zeros(config.dim)
         tensors[f"gates.{layer}.weight"] = draw((heads, hidden), SPREAD / hidden_length)

@@ -13,14 +13,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.attach import attach, attention_modules
-from kblam_ray.attention.base_probe import measure_sizes
+from kblam_ray.attention.base_probe import probe
 from kblam_ray.errors import AdapterError, UnsupportedModelError
 
 SEEN: dict[int, dict[str, torch.Tensor]] = {}
 
 
 def watched_attention(module, query, key, value, attention_mask, **kwargs):
-    SEEN[module.layer_idx] |= {"query": query, "value": value}
+    SEEN[module.layer_idx] |= {"query": query, "key": key, "value": value}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -134,8 +134,8 @@ def test_scores_and_gates_of_kind_shared_start_small(sampled):
         hidden_TX = seen[layer]["hidden"][0]
         scores_TM = adapter.query_heads[str(layer)](hidden_TX) @ ((keys_MP - adapter.key_mean) / adapter.key_scale).T
         assert 0.03 < scores_TM.square().mean().sqrt() < 0.3
-        assert 0.02 < adapter.gates[str(layer)](hidden_TX).square().mean().sqrt() < 0.3
-        assert adapter.gates[str(layer)].bias.abs().max() == 0
+        gate = adapter.gates[str(layer)]
+        assert 0.02 < (gate(hidden_TX) - gate.bias).square().mean().sqrt() < 0.3
 
 
 @pytest.mark.parametrize(
@@ -195,21 +195,69 @@ def test_measuring_leaves_the_base_model_as_it_was(implementation):
     model.model.layers[1].train()
     modes = [module.training for module in model.modules()]
     configs = [id(getattr(module, "config", None)) for module in model.modules()]
-    measure_sizes(model, (0, 1, 3), torch.Generator().manual_seed(0))
+    probe(model, (0, 1, 3), torch.ones(1, 5, dtype=torch.long))
     assert [module.training for module in model.modules()] == modes
     assert [id(getattr(module, "config", None)) for module in model.modules()] == configs
     assert model.config._attn_implementation == implementation
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_measured_sizes_are_those_of_the_forward_pass():
+def text_log_sum_exp(seen: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, N, T] of unpadded sequences, by the plain formula."""
+    query, key = seen["query"], seen["key"].repeat_interleave(2, dim=1)
+    logits = query @ key.transpose(-1, -2) / 8**0.5
+    return logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_what_is_probed_is_what_a_forward_pass_works_on(implementation):
+    model = base_model(attn_implementation=implementation)
+    enlarge_queries(model)
+    ids = torch.randint(64, (2, 20))
+    probes = probe(model, (0, 3), ids)
+    seen = watch(model, ids)
+    for layer, found in probes.items():
+        assert found.hidden == pytest.approx(seen[layer]["hidden"].square().mean().sqrt().item(), rel=1e-5)
+        assert found.value == pytest.approx(seen[layer]["value"].square().mean().sqrt().item(), rel=1e-5)
+        lse_N = text_log_sum_exp(seen[layer]).mean((0, 2))
+        torch.testing.assert_close(found.text_log_sum_exp_N, lse_N, rtol=1e-4, atol=1e-4)
+        assert lse_N.std() > 0.5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_is_not_measured(implementation):
+    model = base_model(attn_implementation=implementation)
+    enlarge_queries(model)
+    short, long = torch.randint(64, (1, 9)), torch.randint(64, (1, 20))
+    padded = torch.cat([nn.functional.pad(short, (0, 11)), long])
+    together = probe(model, (1, 3), padded, (torch.arange(20) < torch.tensor([[9], [20]])).long())
+    apart = [probe(model, (1, 3), ids) for ids in (short, long)]
+    for layer, found in together.items():
+        lse_N = (9 * apart[0][layer].text_log_sum_exp_N + 20 * apart[1][layer].text_log_sum_exp_N) / 29
+        torch.testing.assert_close(found.text_log_sum_exp_N, lse_N, rtol=1e-4, atol=1e-4)
+        hidden = math.sqrt((9 * apart[0][layer].hidden ** 2 + 20 * apart[1][layer].hidden ** 2) / 29)
+        assert found.hidden == pytest.approx(hidden, rel=1e-4)
+
+
+def enlarge_queries(model):
+    """Logits of a trained model's size, different in every head."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(torch.logspace(1, 3, 4).repeat_interleave(8)[:, None])
+
+
+def test_gates_start_at_the_text_log_sum_exp_of_the_sample():
     model = base_model()
-    generator = torch.Generator().manual_seed(3)
-    sizes = measure_sizes(model, (0, 3), generator)
-    seen = watch(model, torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(3)))
-    for layer, size in sizes.items():
-        assert size.hidden == pytest.approx(seen[layer]["hidden"].square().mean().sqrt().item(), rel=1e-5)
-        assert size.value == pytest.approx(seen[layer]["value"].square().mean().sqrt().item(), rel=1e-5)
+    enlarge_queries(model)
+    ids = torch.randint(64, (3, 24))
+    adapter = KnowledgeAdapter.for_model(model, dim=10, kb_scale=100.0, sample_ids_BT=ids)
+    other = KnowledgeAdapter.for_model(model, dim=10, kb_scale=100.0)
+    seen = watch(model, ids)
+    for layer in (0, 3):
+        bias_N = text_log_sum_exp(seen[layer]).mean((0, 2)) - math.log(100) - 0.005
+        torch.testing.assert_close(adapter.gates[str(layer)].bias, bias_N, rtol=1e-4, atol=1e-4)
+        # Random tokens are no text, but nearer to it than nothing.
+        assert (other.gates[str(layer)].bias - bias_N).abs().max() < bias_N.abs().max()
 
 
 def test_a_base_model_in_16_bit_gives_an_adapter_in_32():
