@@ -197,10 +197,9 @@ class _Host:
         facts. The layers below must, since later tokens attend to what they make.
         """
         keep = kwargs.get("logits_to_keep", 0)
-        everything = ("output_hidden_states", "output_router_logits", "labels")
-        if torch.is_grad_enabled() or any(
-            kwargs.get(name, getattr(self.model.config, name, None)) not in (None, False) for name in everything
-        ):
+        everything = ("output_hidden_states", "output_attentions", "output_router_logits", "labels")
+        asked = (kwargs[name] if kwargs.get(name) is not None else self._setting(name) for name in everything)
+        if torch.is_grad_enabled() or any(value is not None and value is not False for value in asked):
             return None
         last = BaseShape.of(self.model.config).num_layers - 1
         batch, length = _input_shape(args, kwargs)
@@ -209,7 +208,10 @@ class _Host:
                 return None
             keep = torch.arange(length - keep, length, device=self.model.device)
         rows_B1 = torch.arange(batch, device=keep.device)[:, None] * length
-        return last, torch.unique(rows_B1 + keep.long())
+        return last, torch.unique(rows_B1 + keep.long() % length)
+
+    def _setting(self, name: str) -> Any:
+        return getattr(self.model.config, name, None)
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         forward = kwargs.get("knowledge")

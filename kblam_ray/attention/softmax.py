@@ -123,7 +123,8 @@ def _scores(
         scores_Atm = scores_Atm.add_(bias_At1) if may_overwrite else scores_Atm + bias_At1
     scale_M = facts.scale_M()
     if scale_M is not None:
-        scores_Atm = scores_Atm.mul_(scale_M[rows]) if may_overwrite else scores_Atm * scale_M[rows]
+        scale_m = scale_M[rows].to(scores_Atm.dtype)
+        scores_Atm = scores_Atm.mul_(scale_m) if may_overwrite else scores_Atm * scale_m
     log_weights = facts.log_weights(rows, tokens)
     if log_weights is not None:
         scores_Atm = scores_Atm.add_(log_weights) if may_overwrite else scores_Atm + log_weights
