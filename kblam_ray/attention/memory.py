@@ -109,8 +109,8 @@ class KnowledgeMemory:
     ) -> KnowledgeMemory:
         """A memory of M facts, M >= 0.
 
-        Contiguous embeddings that have the dtype and are on the device already are not copied: do not write to them
-        afterwards.
+        Contiguous embeddings that have the dtype and are on the device already are not copied, nor are int64 ids: do
+        not write to them afterwards.
 
         Args:
             keys_MP, values_MP: base embeddings of key and value texts, arrays or tensors [M, P] of float16, bfloat16,

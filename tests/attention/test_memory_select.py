@@ -145,3 +145,19 @@ def test_any_order_of_selections_and_a_prior(num_facts, chunk_rows, deleted, sel
         assert sorted(memory.fact_ids) == sorted(left)
         if memory.priors is not None:
             assert priors_by_id(memory) == {id_: id_ + 0.5 for id_ in left}
+
+
+def test_a_prior_follows_from_a_sparse_selection_into_a_sparser_one():
+    memory = load(ADAPTER, range(100)).select([4, 50, 51, 60, 99]).with_prior(np.arange(5.0))
+    assert priors_by_id(memory.select([51, 99])) == {51: 2.0, 99: 4.0}
+
+
+def test_rows_ascend_whatever_the_order_of_ids():
+    ids = np.random.default_rng(0).permutation(40)
+    memory = load(ADAPTER, ids)
+    for chosen in ([7, 3, 30], range(25)):
+        selected = memory.select(chosen)
+        assert selected.fact_ids.tolist() == [id_ for id_ in ids if id_ in chosen]
+        assert seen(selected) == expected(dict.fromkeys(chosen, 0))
+        again = selected.select(list(chosen)[:2])
+        assert again.fact_ids.tolist() == [id_ for id_ in ids if id_ in list(chosen)[:2]]
