@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.config import AdapterConfig, BaseShape
-from kblam_ray.attention.memory import MATERIALIZED_FACTS
+from kblam_ray.attention.memory import choose_form
 from kblam_ray.encoders.base import EncoderSpec
 from kblam_ray.encoders.load import encoder_spec
 from kblam_ray.errors import InputError, UnsupportedModelError
@@ -92,7 +93,7 @@ def plan(
             help="plan with the adapter's encoder",
         )
     if form == "auto":
-        form = "materialized" if adapter.kind == "paper" and num_facts <= MATERIALIZED_FACTS else "latent"
+        form = choose_form(KnowledgeAdapter(adapter, device="meta"), num_facts)
     if form not in ("latent", "materialized"):
         raise InputError(f"there is no form {form!r} of a memory", help='"latent", "materialized" or "auto"')
     parameters, base_bytes = base_model_size(config, model_dtype)
