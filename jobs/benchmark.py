@@ -1,25 +1,25 @@
 """Measure one part of the system: `python jobs/benchmark.py NAME [flags]`, and `NAME --help` for its flags.
 
-encode: sentences per second of the local encoder against SentenceTransformer.encode, on one core
-embed:  the whole embedding job: facts per second by number of workers, peak memory of every process
-load:   a table's embeddings into memory, against lists of float32 in Parquet and against .npy files
+encode:    sentences per second of the local encoder against SentenceTransformer.encode, on one core
+embed:     the whole embedding job: facts per second by number of workers, peak memory of every process
+load:      a table's embeddings into memory, against lists of float32 in Parquet and against .npy files
+attention: what facts cost a base model in time and memory, against no facts and against the published computation
 """
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
-from kblam_ray.encoders.benchmark import EncodeBenchmark, benchmark_encode
-from kblam_ray.errors import InputError
+from kblam_ray.errors import InputError, MissingDependencyError
 from kblam_ray.job import JobConfig, main
-from kblam_ray.table.benchmark import LoadBenchmark, benchmark_load
-from kblam_ray.table.pipeline.benchmark import EmbedBenchmark, benchmark_embed
 
-BENCHMARKS: dict[str, tuple[type[JobConfig], Callable[[Any], dict[str, Any]]]] = {
-    "encode": (EncodeBenchmark, benchmark_encode),
-    "embed": (EmbedBenchmark, benchmark_embed),
-    "load": (LoadBenchmark, benchmark_load),
+BENCHMARKS = {
+    "encode": ("kblam_ray.encoders.benchmark", "EncodeBenchmark", "benchmark_encode"),
+    "embed": ("kblam_ray.table.pipeline.benchmark", "EmbedBenchmark", "benchmark_embed"),
+    "load": ("kblam_ray.table.benchmark", "LoadBenchmark", "benchmark_load"),
+    "attention": ("kblam_ray.attention.benchmark", "AttentionBenchmark", "benchmark_attention"),
 }
+"""Module, settings and function of each: only the one asked for is imported, so that it needs only its own packages."""
 
 
 class NoBenchmark(JobConfig):
@@ -30,11 +30,30 @@ def refuse(_: NoBenchmark) -> dict[str, object]:
     raise InputError("no such benchmark", where="command line", help=f"choose one: {', '.join(BENCHMARKS)}")
 
 
+def run(name: str) -> NoReturn:
+    module, settings, function = BENCHMARKS[name]
+    try:
+        part = import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name
+        if missing is None or missing.partition(".")[0] == "kblam_ray":
+            raise
+
+        def refuse_without(_: NoBenchmark) -> dict[str, Any]:
+            raise MissingDependencyError(
+                f"{missing} is not installed", where=f"benchmark {name}", help="pip install 'kblam-ray[local]'"
+            )
+
+        del sys.argv[1:]
+        main("benchmark", NoBenchmark, refuse_without)
+    main("benchmark", getattr(part, settings), getattr(part, function))
+
+
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in BENCHMARKS:
         del sys.argv[1]
-        main("benchmark", *BENCHMARKS[name])
+        run(name)
     if not name.startswith("-"):
         del sys.argv[1:]
     main("benchmark", NoBenchmark, refuse)
