@@ -118,10 +118,22 @@ def test_what_a_case_holds_is_estimated_well(num_facts, dtype):
     ]
     for case in cases:
         owner = adapter(case.kind, dtype=given.torch_dtype)
-        way = get_ready(case, owner, keys_MP, values_MP, given.torch_dtype)
+        way = get_ready(case, owner, keys_MP, values_MP, given.torch_dtype, given.torch_memory_dtype)
         estimate = case_bytes(case, owner.config, given)
         assert way.nbytes <= estimate.held <= 1.1 * way.nbytes, case
         assert estimate.working > 0
+
+
+def test_adapters_and_memories_may_have_a_dtype_of_their_own():
+    both = settings(num_facts=[9]).model_copy(update={"dtype": "bfloat16"})
+    assert (both.torch_adapter_dtype, both.torch_memory_dtype) == (torch.bfloat16, torch.bfloat16)
+    assert settings(num_facts=[9]).torch_memory_dtype == torch.float16
+    own = both.model_copy(update={"adapter_dtype": "float32", "memory_dtype": "float32", "apply_changes": 0})
+    summary = benchmark_attention(own)
+    assert len(summary["cases"]) == 5
+    nbytes = {(row["kind"], row["form"]): row["nbytes"] for row in summary["cases"]}
+    assert nbytes["shared", "latent"] == 9 * (2 * 4 * DIM + 8)
+    assert nbytes["paper", "published"] == 9 * 2 * 2 * 64 * 2
 
 
 def test_cases_share_a_group_while_they_fit_together():
@@ -163,7 +175,7 @@ def test_every_decode_step_is_on_a_cache_of_the_prompts_length(base_model):
 
     hook = base_model.register_forward_pre_hook(look, with_kwargs=True)
     case = Case("shared", "latent", 5)
-    way = get_ready(case, adapter("shared"), *random_embeddings(5, DIM), torch.float32)
+    way = get_ready(case, adapter("shared"), *random_embeddings(5, DIM), torch.float32, torch.float16)
     (times,) = measure_in_turns(prompt(base_model), [way], 2, Machine("cpu"))
     hook.remove()
     # A turn without facts and one with, first for nothing, then in each of two rounds.
@@ -175,7 +187,9 @@ def test_a_turn_without_facts_is_one_of_the_base_model_alone(base_model):
     with NoFacts().attached(base_model) as knowledge:
         assert knowledge == {}
         assert not base_model._forward_pre_hooks
-    way = get_ready(Case("shared", "latent", 5), adapter("shared"), *random_embeddings(5, DIM), torch.float32)
+    way = get_ready(
+        Case("shared", "latent", 5), adapter("shared"), *random_embeddings(5, DIM), torch.float32, torch.float16
+    )
     with way.attached(base_model):
         assert base_model._forward_pre_hooks
     assert not base_model._forward_pre_hooks
@@ -185,7 +199,7 @@ def test_a_turn_without_facts_is_one_of_the_base_model_alone(base_model):
 def test_old_versions_that_stay_are_counted(base_model, kind, monkeypatch):
     def measure():
         return refresh.measure_refresh(
-            adapter(kind), prompt(base_model), Machine("cpu"), torch.float32,
+            adapter(kind), prompt(base_model), Machine("cpu"), torch.float32, torch.float16,
             num_facts=60, num_applies=45, rounds=2, seed=0,
         )  # fmt: skip
 

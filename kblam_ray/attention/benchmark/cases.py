@@ -13,8 +13,6 @@ from kblam_ray.attention.config import AdapterConfig
 from kblam_ray.attention.layer_facts import is_cheaper_expanded
 from kblam_ray.attention.softmax import ROWS_PER_BLOCK, SCORES_PER_BLOCK
 
-HALF_BYTES = 2
-
 
 @dataclass(frozen=True)
 class Case:
@@ -67,7 +65,7 @@ def case_bytes(case: Case, config: AdapterConfig, settings: AttentionBenchmark) 
         score_bytes = 3 * number_bytes + 8
         scores = settings.prompt_tokens * num_heads * num_facts
         return CaseBytes(2 * config.slots * layer_bytes, 2 * layer_bytes + scores * score_bytes)
-    embeddings = 2 * num_facts * config.dim * HALF_BYTES
+    embeddings = 2 * num_facts * config.dim * settings.torch_memory_dtype.itemsize
     # An id and a scale per fact.
     held = embeddings + num_facts * (8 + 4)
     most_scores = SCORES_PER_BLOCK[settings.device]

@@ -36,9 +36,10 @@ FACTS_PER_BLOCK = 8_192
 
 @dataclass(frozen=True)
 class PublishedMemory:
-    """Keys and values of M facts for all KB layers, both [M, X] in the base model's dtype."""
+    """Keys and values of M facts for all KB layers, both [M, X], and the query heads, in the base model's dtype."""
 
     adapter: KnowledgeAdapter
+    query_heads: dict[int, torch.Tensor]
     keys_MX: torch.Tensor
     values_MX: torch.Tensor
 
@@ -57,7 +58,8 @@ class PublishedMemory:
             )
             keys_MX[rows] = nn.functional.layer_norm(adapter.key_projection(keys_mP), shape[1:])
             values_MX[rows] = adapter.value_projection(values_mP)
-        return cls(adapter, keys_MX, values_MX)
+        query_heads = {int(layer): head.weight.to(dtype) for layer, head in adapter.query_heads.items()}
+        return cls(adapter, query_heads, keys_MX, values_MX)
 
     @property
     def nbytes(self) -> int:
@@ -119,9 +121,8 @@ def _attention(
     memory, layer, hidden_BTX = published
     config = memory.adapter.config
     batch, num_heads, _, head_dim = query_BNTH.shape
-    own_query_BNTH = (
-        memory.adapter.query_heads[str(layer)](hidden_BTX).unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
-    )
+    own_query_BTX = nn.functional.linear(hidden_BTX, memory.query_heads[layer])
+    own_query_BNTH = own_query_BTX.unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
     fact_keys_BNMH, fact_values_BNMH = (part.expand(batch, -1, -1, -1) for part in memory.layer(layer))
     num_facts = fact_keys_BNMH.shape[2]
     groups = num_heads // key_BKSH.shape[1]

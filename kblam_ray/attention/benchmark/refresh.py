@@ -30,6 +30,7 @@ def measure_refresh(
     prompt: Prompt,
     machine: Machine,
     dtype: torch.dtype,
+    memory_dtype: torch.dtype,
     *,
     num_facts: int,
     num_applies: int,
@@ -46,7 +47,7 @@ def measure_refresh(
         and their ratio; `old_versions_alive` of `old_versions_watched`, and chunks likewise; seconds per change.
     """
     keys_MP, values_MP = random_embeddings(num_facts, adapter.config.dim, seed)
-    memory = KnowledgeMemory.from_embeddings(adapter, keys_MP, values_MP, version=0)
+    memory = KnowledgeMemory.from_embeddings(adapter, keys_MP, values_MP, dtype=memory_dtype, version=0)
     derive(memory, dtype)
     steps = min(WATCHED_VERSIONS, num_applies)
     versions: list[weakref.ref] = []

@@ -12,6 +12,7 @@ from kblam_ray.attention.benchmark.random_model import ShapeName, adapter_config
 from kblam_ray.attention.memory import choose_form
 from kblam_ray.job import JobConfig
 
+Dtype = Literal["bfloat16", "float16", "float32"]
 Kind = Literal["paper", "shared"]
 MemoryForm = Literal["latent", "materialized"]
 MOST_FACTS = 2**40
@@ -53,7 +54,12 @@ class AttentionBenchmark(JobConfig):
     )
     prompt_tokens: int = Field(32, gt=0, description="tokens of the prompt, and of the cache that is decoded on")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the base model and the facts are")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of base model and adapter")
+    dtype: Dtype = Field("bfloat16", description="of the base model")
+    adapter_dtype: Dtype | None = Field(None, description="of the adapters: that of the base model")
+    memory_dtype: Dtype | None = Field(
+        None,
+        description="of the embeddings in memory: beside a bfloat16 base model bfloat16, else float16 as in tables",
+    )
     rounds: int = Field(5, gt=0, description="measurements of each case, in turns, each after one without facts")
     decode_steps: int = Field(5, gt=0, description="decode steps in one measurement, whose median counts")
     threads: int | None = Field(None, gt=0, description="threads on the CPU: as many as torch takes")
@@ -79,6 +85,15 @@ class AttentionBenchmark(JobConfig):
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def torch_adapter_dtype(self) -> torch.dtype:
+        return getattr(torch, self.adapter_dtype or self.dtype)
+
+    @property
+    def torch_memory_dtype(self) -> torch.dtype:
+        given = self.memory_dtype or ("bfloat16" if self.dtype == "bfloat16" else "float16")
+        return getattr(torch, given)
 
     @property
     def sizes(self) -> list[int]:

@@ -77,17 +77,23 @@ class Published:
 
 
 def get_ready(
-    case: Case, adapter: KnowledgeAdapter, keys_MP: np.ndarray, values_MP: np.ndarray, dtype: torch.dtype
+    case: Case,
+    adapter: KnowledgeAdapter,
+    keys_MP: np.ndarray,
+    values_MP: np.ndarray,
+    dtype: torch.dtype,
+    memory_dtype: torch.dtype,
 ) -> Way:
     """From base embeddings in host memory to facts that a prompt can attend to at once.
 
     Args:
         keys_MP, values_MP: float16 [M, P].
         dtype: of the base model.
+        memory_dtype: to keep the embeddings in.
     """
     if case.form == "published":
         return Published(PublishedMemory.of(adapter, keys_MP, values_MP, dtype))
-    memory = KnowledgeMemory.from_embeddings(adapter, keys_MP, values_MP, form=case.form)
+    memory = KnowledgeMemory.from_embeddings(adapter, keys_MP, values_MP, form=case.form, dtype=memory_dtype)
     derive(memory, dtype)
     return Ours(memory)
 
