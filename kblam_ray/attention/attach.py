@@ -80,6 +80,14 @@ class Attachment:
             self._host.remove(self.adapter)
             self._host = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy of the adapter, attached to a copy of the base model."""
+        copied = Attachment.__new__(Attachment)
+        copied.adapter, copied._host = copy.deepcopy(self.adapter, memo), None
+        if self._host is not None:
+            copied._host = attach(copy.deepcopy(self.base_model, memo), copied.adapter)._host
+        return copied
+
     def _attached_host(self) -> _Host:
         if self._host is None:
             raise AdapterMismatchError("the adapter was detached", where="base model", help="attach it again")
@@ -166,7 +174,18 @@ class _Host:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            _HOSTS.pop(self.model, None)
+            if (model := self._model()) is not None:
+                _HOSTS.pop(model, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Host:
+        """For a copy of the base model: it has our hooks and no adapter attached, so that it is a plain base model."""
+        copied = memo[id(self)] = _Host.__new__(_Host)
+        copied._model = weakref.ref(copy.deepcopy(self.model, memo))
+        copied._modules, copied._sites = copy.deepcopy(self._modules, memo), copy.deepcopy(self._sites, memo)
+        copied._hooks = copy.deepcopy(self._hooks, memo)
+        copied._adapters, copied.engines = {}, []
+        _HOSTS[copied.model] = copied
+        return copied
 
     def _before_model(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
