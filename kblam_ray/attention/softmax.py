@@ -79,7 +79,9 @@ def shares(
     num_rows_A, num_tokens = query_ATD.shape[:2]
     # Where all facts are hidden their shares are 0: the difference of two infinities would make them NaN.
     lse_AT = lse_AT.masked_fill(lse_AT == NO_FACTS, 0.0)
-    for rows in _slices(facts.num_rows, _facts_per_block(query_ATD, num_rows_A * num_tokens)):
+    # Not larger blocks for fewer tokens: the form may be one that makes a block's keys, chosen for all the tokens.
+    facts_per_block = _facts_per_block(query_ATD, max(num_rows_A * num_tokens, ROWS_PER_BLOCK))
+    for rows in _slices(facts.num_rows, facts_per_block):
         keys, _ = facts.block(rows)
         scores_ATm = _scores(query_ATD, bias_AT, keys, facts, rows, slice(0, num_tokens))
         yield rows, torch.exp(scores_ATm - lse_AT[..., None])

@@ -64,8 +64,10 @@ def trace(
         layers: KB layers to trace; the adapter's retrieval layers by default.
 
     Raises:
-        InputError: an answer that begins at or before 1 token, or after the end; not a KB layer.
+        InputError: an answer that begins before position 1 or after the end, no facts asked for, not a KB layer.
     """
+    if top_n < 1:
+        raise InputError(f"the {top_n} largest shares", where="top_n", help="ask for 1 or more")
     batch, length = input_ids.shape
     positions = _answer_positions(answer_start, batch, length)
     layers = _layers(attachment, layers)
