@@ -64,6 +64,10 @@ class Attachment:
         finally:
             _IN_USE.reset(token)
 
+    def check(self, memory: KnowledgeMemory | None) -> None:
+        """Raises AdapterMismatchError for a memory of an adapter that is not attached to the base model."""
+        self._attached_host().check_memory(memory)
+
     @contextmanager
     def packed(self, batches: PackedBatches) -> Iterator[None]:
         """Ask `batches` what the sequences of a packed batch attend to, in every thread."""
@@ -201,8 +205,12 @@ class _Host:
             if knowledge is None:
                 return args, kwargs
             segments = segments_of_rows(knowledge, *_input_shape(args, kwargs))
+        elif kwargs.get("attention_mask") is not None:
+            # The engine's masks say it already. The library would write it into the model's config for the time of the
+            # pass, where a pass in another thread reads it: that one would see tokens that come later.
+            kwargs.pop("is_causal", None)
         for segment in segments:
-            self._check_memory(segment.memory)
+            self.check_memory(segment.memory)
         wanted = None if recorder is not None else self._last_tokens(args, kwargs)
         forward = ForwardPass(segments, next(model.parameters()).device, recorder, wanted)
         if forward.groups:
@@ -241,7 +249,7 @@ class _Host:
                 help="this model's layers do not pass keyword arguments on: knowledge cannot be attached to it",
             )
 
-    def _check_memory(self, memory: KnowledgeMemory | None) -> None:
+    def check_memory(self, memory: KnowledgeMemory | None) -> None:
         if memory is not None and memory.adapter not in self._adapters:
             raise AdapterMismatchError(
                 "the memory was made for an adapter that is not attached to this model",
@@ -311,6 +319,7 @@ def _knowledge_attention(
     attended = forward.attend(site.layer, hidden_BTX.flatten(0, 1))
     if attended is None:
         return function(module, query, key, value, attention_mask, **kwargs)
+    _refuse_other_terms(site.implementation, type(module).__name__, kwargs)
     if site.implementation == "sdpa":
         text_BTNH, lse_BNT = sdpa_with_log_sum_exp(function, module, query, key, value, attention_mask, **kwargs)
         weights_BNTS = None
@@ -385,6 +394,19 @@ def _refuse_unsupported(base_model: PreTrainedModel, modules: dict[int, Any]) ->
         if softcap is not None:
             raise UnsupportedModelError(
                 f"attention logits are capped at {softcap}", where=name, help="choose a base model without soft-capping"
+            )
+
+
+def _refuse_other_terms(implementation: str, where: str, kwargs: dict[str, Any]) -> None:
+    """Some layers hand terms of their softmax to the attention function: what is not in the log-sum-exp is refused."""
+    # `sdpa` gets position biases as a mask, which the log-sum-exp has; the names are the library's.
+    refused = ["sinks", "s_aux", "softcap"] + ["position_bias"] * (implementation != "sdpa")
+    for term in refused:
+        if kwargs.get(term) is not None:
+            raise UnsupportedModelError(
+                f"its attention has {term!r}, which cannot be merged with",
+                where=where,
+                help='load the base model with attn_implementation="sdpa", or choose another without it',
             )
 
 

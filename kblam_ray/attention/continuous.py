@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 import uuid
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 from kblam_ray.attention.attach import Attachment
 from kblam_ray.attention.batch import Segment
@@ -32,8 +34,15 @@ EXACTNESS = {
     "auto_switch_to_flash": False,
     "use_async_batching": False,
     "use_cuda_graph": False,
+    # Compiled steps are padded: they have more sequences than requests.
+    "varlen_compile_config": None,
+    "decode_compile_config": None,
+    "default_compile_level": 0,
 }
 """Settings of the library's engine under which every request sees its own knowledge."""
+
+CHILD = "__child#"
+"""What the library puts between a request's name and the number of a further answer to it."""
 
 
 @dataclass
@@ -82,14 +91,22 @@ class KnowledgeBatching:
         self._lock = threading.Lock()
         self._open = ExitStack()
         self._manager: Any = None
+        self._capacity = 0
 
     def __enter__(self) -> Self:
+        if getattr(self._attachment.base_model, "_cached_continuous_batching_manager", None) is not None:
+            raise InputError(
+                "the base model keeps an engine of its own, which would be used instead",
+                where="KnowledgeBatching",
+                help="call destroy_cached_continuous_batching_manager() of the base model first",
+            )
         self._open.enter_context(self._attachment.packed(self))
         self._manager = self._open.enter_context(
             self._model.continuous_batching_context_manager(
                 generation_config=self._generation_config, continuous_batching_config=self._config
             )
         )
+        self._capacity = _tokens_that_fit(self._manager.batch_processor.cache)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -124,8 +141,13 @@ class KnowledgeBatching:
             The request's id, which its results carry.
 
         Raises:
-            InputError: the id is in use, or the engine does not take requests any more.
+            InputError: the id is in use, the prompt is empty or does not fit in the cache with its answer, or the
+                engine does not take requests any more.
+            AdapterMismatchError: the memory's adapter is not attached to the base model.
         """
+        # All of it here: in the engine's thread, a request that cannot be answered would end all the others.
+        self._attachment.check(knowledge)
+        self._check_length(len(input_ids), options.get("max_new_tokens"))
         request_id = request_id or uuid.uuid4().hex
         with self._lock:
             if request_id in self._requests:
@@ -145,34 +167,52 @@ class KnowledgeBatching:
 
     def cancel(self, request_id: str) -> None:
         """End a request; what it would have said next is not computed."""
+        for name in self._answer_ids(request_id):
+            self.manager.cancel_request(name)
+        # Marked after the engine knows: it will not schedule the request again once the memory is let go.
         with self._lock:
             if request_id in self._requests:
                 self._requests[request_id].is_cancelled = True
-        self.manager.cancel_request(request_id)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], knowledge: Sequence[KnowledgeMemory | None], **options: Any
     ) -> list[list[int]]:
         """Token ids generated for each prompt with its own knowledge, in the order given.
 
-        It takes results from the queue that `get_result` reads: use one or the other.
+        Where the configuration asks for several answers to a prompt, they stand beside each other. It takes results
+        from the queue that `get_result` reads: use one or the other.
 
         Raises:
+            InputError: another number of memories than prompts, or see `add_request`.
             GenerationError: a request failed, or the engine stopped.
         """
-        ids = [self.add_request(prompt, memory, **options) for prompt, memory in zip(prompts, knowledge, strict=True)]
+        if len(prompts) != len(knowledge):
+            raise InputError(
+                f"{len(prompts)} prompts and {len(knowledge)} knowledge memories",
+                where="knowledge",
+                help="give one memory or None per prompt",
+            )
+        ids: list[str] = []
         answers: dict[str, list[int]] = {}
-        while len(answers) < len(ids):
-            output = self.get_result(timeout=1)
-            if output is not None and output.is_finished():
-                if output.error is not None:
+        try:
+            for prompt, memory in zip(prompts, knowledge, strict=True):
+                ids.append(self.add_request(prompt, memory, **options))
+            wanted = [name for request_id in ids for name in self._answer_ids(request_id)]
+            while len(answers) < len(wanted):
+                output = self.get_result(timeout=1)
+                if output is None:
+                    self._check_running()
+                elif output.error is not None:
                     raise GenerationError(
                         output.error, where=output.request_id, help="see the cause in the engine's log"
                     )
-                answers[output.request_id] = output.generated_tokens
-            elif output is None and not self.manager.is_running():
-                raise GenerationError("the engine stopped", where="KnowledgeBatching", help="its log says why")
-        return [answers[request_id] for request_id in ids]
+                elif output.request_id in wanted and output.is_finished():
+                    answers[output.request_id] = output.generated_tokens
+        except InputError:
+            for request_id in ids:
+                self.cancel(request_id)
+            raise
+        return [answers[name] for name in wanted]
 
     def segments(self, inputs: dict[str, Any]) -> list[Segment] | None:
         """What the sequences of a packed batch attend to; None for a batch that is not this engine's."""
@@ -191,6 +231,27 @@ class KnowledgeBatching:
             Segment(memory, start, stop) for memory, start, stop in zip(memories, bounds[:-1], bounds[1:], strict=True)
         ]
 
+    def _answer_ids(self, request_id: str) -> list[str]:
+        """What the library calls the answers to a request: the first has the request's name."""
+        return [request_id, *(f"{request_id}{CHILD}{place}" for place in range(self.manager.num_return_sequences - 1))]
+
+    def _check_length(self, num_tokens: int, max_new_tokens: int | None) -> None:
+        if max_new_tokens is None:
+            max_new_tokens = self.manager.generation_config.max_new_tokens or 1
+        # The last token of an answer is not read again.
+        needed = num_tokens + max_new_tokens - 1
+        if num_tokens and needed <= self._capacity:
+            return
+        raise InputError(
+            f"a prompt of {num_tokens or 'no'} tokens and an answer of {max_new_tokens}, where {self._capacity} fit in",
+            where="input_ids",
+            help="give a prompt, ask for fewer tokens, or give the engine's configuration more num_blocks",
+        )
+
+    def _check_running(self) -> None:
+        if not self.manager.is_running():
+            raise GenerationError("the engine stopped", where="KnowledgeBatching", help="its log says why")
+
     def _answered(self, request_id: str) -> None:
         with self._lock:
             request = self._requests.get(_first(request_id))
@@ -202,4 +263,11 @@ class KnowledgeBatching:
 
 def _first(request_id: str) -> str:
     """Further answers to one prompt are requests of the library's own making, named after the first."""
-    return request_id.partition("__child#")[0]
+    return request_id.partition(CHILD)[0]
+
+
+def _tokens_that_fit(cache: Any) -> int:
+    """Tokens of the longest request that an empty cache holds."""
+    empty = RequestState(request_id="", initial_tokens=[])
+    fits = partial(cache.can_store_request_tokens, empty, dry_run=True)
+    return bisect_left(range(1, cache.max_tokens_read + 1), True, key=lambda length: not fits(length))

@@ -346,6 +346,22 @@ def test_implementations_without_a_log_sum_exp_are_refused_when_attaching(implem
     assert "sdpa" in raised.value.help
 
 
+@pytest.mark.parametrize(
+    ("config_class", "term"), [(hf.InklingTextConfig, "position_bias"), (hf.Inkling2TextConfig, "position_bias|sinks")]
+)
+def test_terms_of_a_softmax_that_are_not_in_its_log_sum_exp_are_refused(config_class: type, term: str):
+    sizes = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "d_rel": 4, "rel_extent": 8}
+    sliding = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
+    config = config_class(**SIZES, **sizes, **sliding, head_dim=8, eos_token_id=None)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    adapter = random_adapter(model.config, "paper", (0, 2))
+    with attached(model, adapter), torch.no_grad():
+        before = model(PROMPTS).logits
+        with pytest.raises(UnsupportedModelError, match=term):
+            model(PROMPTS, knowledge=SHARED_FACTS.memory(adapter))
+        assert torch.equal(model(PROMPTS).logits, before)
+
+
 def _labels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
 
