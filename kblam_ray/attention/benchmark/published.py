@@ -58,7 +58,8 @@ class PublishedMemory:
             )
             keys_MX[rows] = nn.functional.layer_norm(adapter.key_projection(keys_mP), shape[1:])
             values_MX[rows] = adapter.value_projection(values_mP)
-        query_heads = {int(layer): head.weight.to(dtype) for layer, head in adapter.query_heads.items()}
+        heads: Any = adapter.query_heads
+        query_heads = {int(layer): head.weight.to(dtype) for layer, head in heads.items()}
         return cls(adapter, query_heads, keys_MX, values_MX)
 
     @property
