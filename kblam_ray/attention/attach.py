@@ -30,7 +30,7 @@ from kblam_ray.attention.batch import ForwardPass, Knowledge, Recorder, Segment,
 from kblam_ray.attention.config import BaseShape
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.text import sdpa_with_log_sum_exp, text_log_sum_exp
-from kblam_ray.errors import AdapterMismatchError, UnsupportedModelError
+from kblam_ray.errors import AdapterMismatchError, InputError, UnsupportedModelError
 
 ATTENTION_NAME = "kblam_ray"
 SUPPORTED = ("sdpa", "eager")
@@ -49,6 +49,7 @@ class Attachment:
 
     def __init__(self, host: _Host, adapter: KnowledgeAdapter) -> None:
         self._host: _Host | None = host
+        self._num_engines = 0
         self.adapter = adapter
 
     @property
@@ -73,13 +74,23 @@ class Attachment:
         """Ask `batches` what the sequences of a packed batch attend to, in every thread."""
         host = self._attached_host()
         host.engines.append(batches)
+        self._num_engines += 1
         try:
             yield
         finally:
+            self._num_engines -= 1
             host.engines.remove(batches)
 
     def detach(self) -> None:
-        """Take the adapter off; after the last one the base model is as it was. Detaching twice does nothing."""
+        """Take the adapter off; after the last one the base model is as it was. Detaching twice does nothing.
+
+        Raises:
+            InputError: an engine answers requests with it.
+        """
+        if self._num_engines:
+            raise InputError(
+                "an engine answers requests with the adapter", where="detach", help="stop the engine first"
+            )
         if self._host is not None:
             self._host.remove(self.adapter)
             self._host = None
@@ -88,6 +99,7 @@ class Attachment:
         """A copy of the adapter, attached to a copy of the base model."""
         copied = Attachment.__new__(Attachment)
         copied.adapter, copied._host = copy.deepcopy(self.adapter, memo), None
+        copied._num_engines = 0
         if self._host is not None:
             copied._host = attach(copy.deepcopy(self.base_model, memo), copied.adapter)._host
         return copied
@@ -290,6 +302,12 @@ class _Site:
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         forward = kwargs.pop("knowledge", None)
+        if forward is not None and not isinstance(forward, ForwardPass):
+            raise InputError(
+                "knowledge was given to a part of the base model",
+                where=type(module).__name__,
+                help="give it to the model that the adapter is attached to",
+            )
         if forward is not None:
             kwargs["knowledge_call"] = (forward, args[0] if args else kwargs["hidden_states"])
         return args, kwargs

@@ -308,6 +308,15 @@ def test_a_model_whose_layers_drop_keyword_arguments_is_loud():
     attachment.detach()
 
 
+def test_knowledge_is_given_to_the_model_and_not_to_a_part_of_it():
+    model = tiny_llama()
+    adapter = tiny_adapter(model, "paper")
+    attachment = attach(model, adapter)
+    with pytest.raises(InputError, match="to a part of the base model"):
+        model.model(random_ids(1, 5), knowledge=random_facts(5).memory(adapter))
+    attachment.detach()
+
+
 @pytest.mark.parametrize("detach_first", [False, True])
 def test_the_base_model_is_not_kept_alive(detach_first):
     model = tiny_llama()
