@@ -393,6 +393,16 @@ def test_requests_that_cannot_be_answered_are_refused_and_the_others_are_answere
         assert collect(engine, ["good"])["good"] == expected
 
 
+def test_an_adapter_stays_on_while_an_engine_answers_with_it(paper: Attachment):
+    memory = Facts.random(7, seed=1).memory(paper.adapter)
+    expected = alone(paper, PROMPTS[0], memory)
+    with engine_of(paper) as engine:
+        with pytest.raises(InputError, match="engine"):
+            paper.detach()
+        assert engine.generate([PROMPTS[0]], [memory]) == [expected]
+    paper.detach()
+
+
 def test_an_engine_that_is_not_running_takes_no_requests(paper: Attachment):
     engine = engine_of(paper)
     with pytest.raises(InputError, match="not running"):
