@@ -164,7 +164,8 @@ class ForwardPass:
         attended = None
         for group in groups:
             if group.adapter not in queries:
-                queries[group.adapter] = layer_query(group.adapter, layer, hidden_TX)
+                projections = self._projections[group.adapter]
+                queries[group.adapter] = layer_query(group.adapter, layer, projections, hidden_TX)
             part = self._attend_group(group, layer, queries[group.adapter].take(group.tokens))
             attended = part if attended is None else attended.beside(part)
         return attended

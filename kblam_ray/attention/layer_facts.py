@@ -20,7 +20,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -52,17 +51,14 @@ class LayerQuery:
         return LayerQuery(self.query[tokens], None if self.gate_TN is None else self.gate_TN[tokens])
 
 
-def layer_query(adapter: KnowledgeAdapter, layer: int, hidden_TX: torch.Tensor) -> LayerQuery:
+def layer_query(adapter: KnowledgeAdapter, layer: int, projections: Projections, hidden_TX: torch.Tensor) -> LayerQuery:
     """Queries of one KB layer from the hidden states that its attention module receives [T, hidden]."""
-    dtype = hidden_TX.dtype
-    head: Any = adapter.query_heads[str(layer)]
-    bias = None if head.bias is None else head.bias.to(dtype)
-    query = torch.nn.functional.linear(hidden_TX, head.weight.to(dtype), bias)
-    if adapter.config.kind == "paper":
+    weights = projections.query(layer, hidden_TX.dtype)
+    query = torch.nn.functional.linear(hidden_TX, weights.head, weights.head_bias)
+    if weights.gate is None:
         shape = adapter.config.base_shape
         return LayerQuery(query.unflatten(-1, (shape.num_heads, shape.head_dim)), None)
-    gate: Any = adapter.gates[str(layer)]
-    return LayerQuery(query, torch.nn.functional.linear(hidden_TX, gate.weight.to(dtype), gate.bias.to(dtype)))
+    return LayerQuery(query, torch.nn.functional.linear(hidden_TX, weights.gate, weights.gate_bias))
 
 
 class Form(ABC):

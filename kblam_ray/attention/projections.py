@@ -16,9 +16,10 @@ centring the terms of the variance cancel badly in float32.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from kblam_ray.attention.adapter import KnowledgeAdapter
 
 LAYER_NORM_EPS = 1e-5
 FACTS_PER_BLOCK = 8_192
+
+Weights = TypeVar("Weights")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,21 @@ class LayerWeights:
     value_bias_NH: torch.Tensor
 
 
+@dataclass(frozen=True)
+class QueryWeights:
+    """The query side of one KB layer, in the dtype of the hidden states.
+
+    Attributes:
+        head, head_bias: query heads [N*H, hidden] without bias, or the shared query [P, hidden] with one.
+        gate, gate_bias: [N, hidden] and [N] of kind "shared", else None.
+    """
+
+    head: torch.Tensor
+    head_bias: torch.Tensor | None
+    gate: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+
+
 class Projections:
     """Everything derived from the weights of one adapter, differentiable in them unless built without autograd."""
 
@@ -50,12 +68,15 @@ class Projections:
         config, shape = adapter.config, adapter.config.base_shape
         self._layers = {layer: config.slot_of(layer) for layer in config.layers}
         self._is_paper = config.kind == "paper"
-        self._cast: dict[tuple[int, torch.dtype], LayerWeights] | None = None if is_differentiable(adapter) else {}
+        self._is_kept = not is_differentiable(adapter)
+        self._cast: dict[tuple[int, torch.dtype], LayerWeights] = {}
+        self._cast_queries: dict[tuple[int, torch.dtype], QueryWeights] = {}
+        self._queries = {layer: self._query_tensors(adapter, str(layer)) for layer in config.layers}
         heads = (-1, shape.num_heads, shape.head_dim)
         value = adapter.value_projection
-        # A view of a parameter requires a gradient even when made without autograd.
-        kept = (tensor if is_differentiable(adapter) else tensor.detach() for tensor in (value.weight, value.bias))
-        self._value_SNHP, self._value_bias_SNH = (tensor.unflatten(0, heads) for tensor in kept)
+        self._value_SNHP, self._value_bias_SNH = (
+            self._own(tensor).unflatten(0, heads) for tensor in (value.weight, value.bias)
+        )
         self._key_SNHP = self._value_SNHP.new_empty(config.slots, 0, 0, 0)
         self._key_bias_SNH = self._value_SNHP.new_empty(config.slots, 0, 0)
         if self._is_paper:
@@ -82,19 +103,48 @@ class Projections:
         return known[1]
 
     def layer(self, layer: int, dtype: torch.dtype) -> LayerWeights:
-        """What KB layer `layer` reads, as `dtype`."""
-        if self._cast is None:
-            # Not kept between layers: gradient checkpointing repeats a layer and must see the same operations again.
-            return self._slices(layer, dtype)
-        if (layer, dtype) not in self._cast:
+        """What KB layer `layer` reads of the facts' projections, as `dtype`."""
+        return self._kept(self._cast, layer, dtype, self._slices)
+
+    def query(self, layer: int, dtype: torch.dtype) -> QueryWeights:
+        """What makes the queries of KB layer `layer`, as `dtype`."""
+        return self._kept(self._cast_queries, layer, dtype, self._query_weights)
+
+    def _kept(
+        self,
+        known: dict[tuple[int, torch.dtype], Weights],
+        layer: int,
+        dtype: torch.dtype,
+        make: Callable[[int, torch.dtype], Weights],
+    ) -> Weights:
+        if not self._is_kept:
+            # Not even between layers: gradient checkpointing repeats a layer and must see the same operations again.
+            return make(layer, dtype)
+        if (layer, dtype) not in known:
             with torch.inference_mode(False), torch.no_grad():
-                self._cast[layer, dtype] = self._slices(layer, dtype)
-        return self._cast[layer, dtype]
+                known[layer, dtype] = make(layer, dtype)
+        return known[layer, dtype]
 
     def _slices(self, layer: int, dtype: torch.dtype) -> LayerWeights:
         slot = self._layers[layer]
         sources = (self._key_SNHP, self._key_bias_SNH, self._value_SNHP, self._value_bias_SNH)
         return LayerWeights(*(source[slot].to(dtype) for source in sources))
+
+    def _query_weights(self, layer: int, dtype: torch.dtype) -> QueryWeights:
+        head, *others = self._queries[layer]
+        assert head is not None
+        return QueryWeights(head.to(dtype), *(None if tensor is None else tensor.to(dtype) for tensor in others))
+
+    def _query_tensors(self, adapter: KnowledgeAdapter, layer: str) -> list[torch.Tensor | None]:
+        modules: list[Any] = [adapter.query_heads[layer]]
+        if not self._is_paper:
+            modules.append(adapter.gates[layer])
+        tensors = [tensor for module in modules for tensor in (module.weight, module.bias)]
+        return [None if tensor is None else self._own(tensor) for tensor in tensors] + [None] * (4 - len(tensors))
+
+    def _own(self, parameter: torch.Tensor) -> torch.Tensor:
+        # A view of a parameter requires a gradient even when made without autograd.
+        return parameter.detach() if self._is_kept else parameter
 
     def fact_scale(self, keys_MP: torch.Tensor) -> torch.Tensor:
         """r_m of each fact: float32 [M] (float64 where the adapter is)."""
