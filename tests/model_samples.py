@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import EncoderRef
+from kblam_ray.attention.adapter.config import EncoderRef
 from kblam_ray.encoders.load import encoder_spec
 from kblam_ray.table import KnowledgeBase
 

@@ -1,8 +1,7 @@
 """The core: exact attention over facts for any Hugging Face decoder, with nothing but torch and transformers."""
 
-from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.attention.adapter import AdapterConfig, BaseShape, EncoderRef, KnowledgeAdapter
 from kblam_ray.attention.attach import Attachment, attach
-from kblam_ray.attention.config import AdapterConfig, BaseShape, EncoderRef
 from kblam_ray.attention.continuous import KnowledgeBatching
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.trace import Trace, mean_shares, retrieval_scores, trace

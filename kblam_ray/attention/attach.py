@@ -1,20 +1,17 @@
 """Attach adapters to a Hugging Face decoder: its KB layers attend to facts, and no model file is copied.
 
-Shape legend: B batch, T prompt tokens, N query heads, H head dim.
-
 transformers looks up one attention function per layer, by the name in the attention module's config. The KB layers get
-a copy of that config with our name in it, so that they, and no others, call `_knowledge_attention`; a forward pre-hook
-hands it the hidden states that the layer received. What a token attends to travels down as the keyword argument
-`knowledge`, which every model family passes through. Without knowledge the library's own function is called with its
-own arguments: the output is the base model's to the bit.
+a copy of that config with our name in it, so that they, and no others, call `site.knowledge_attention`; a forward
+pre-hook hands it the hidden states that the layer received. What a token attends to travels down as the keyword
+argument `knowledge`, which every model family passes through. Without knowledge the library's own function is called
+with its own arguments: the output is the base model's to the bit.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,19 +19,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.attention.adapter import BaseShape, KnowledgeAdapter
 from kblam_ray.attention.batch import ForwardPass, Knowledge, Recorder, Segment, segments_of_rows
-from kblam_ray.attention.config import BaseShape
+from kblam_ray.attention.decoder import attention_modules, refuse_unsupported
 from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.attention.text import sdpa_with_log_sum_exp, text_log_sum_exp
+from kblam_ray.attention.site import Site
 from kblam_ray.errors import AdapterMismatchError, InputError, UnsupportedModelError
-
-ATTENTION_NAME = "kblam_ray"
-SUPPORTED = ("sdpa", "eager")
-"""Attention implementations of a base model whose log-sum-exp can be had."""
 
 
 class PackedBatches(Protocol):
@@ -148,9 +140,9 @@ class _Host:
     def __init__(self, base_model: PreTrainedModel) -> None:
         self._model = weakref.ref(base_model)
         self._modules = attention_modules(base_model)
-        _refuse_unsupported(base_model, self._modules)
+        refuse_unsupported(base_model, self._modules)
         self._adapters: dict[KnowledgeAdapter, int] = {}
-        self._sites: dict[int, _Site] = {}
+        self._sites: dict[int, Site] = {}
         self._hooks: list[Any] = []
         self.engines: list[PackedBatches] = []
 
@@ -177,7 +169,7 @@ class _Host:
         self._adapters[adapter] = self._adapters.get(adapter, 0) + 1
         for layer in adapter.config.layers:
             if layer not in self._sites:
-                self._sites[layer] = _Site(self._modules[layer], layer)
+                self._sites[layer] = Site(self._modules[layer], layer)
 
     def remove(self, adapter: KnowledgeAdapter) -> None:
         self._adapters[adapter] -= 1
@@ -271,169 +263,6 @@ class _Host:
 
 
 _HOSTS: weakref.WeakKeyDictionary[PreTrainedModel, _Host] = weakref.WeakKeyDictionary()
-
-
-class _Site:
-    """A KB layer's attention module while it is attached to."""
-
-    def __init__(self, module: Any, layer: int) -> None:
-        self._module, self.layer = module, layer
-        self._config = module.config
-        # A copy, because the model's own config must go on saying which masks and caches it needs.
-        marked = copy.copy(module.config)
-        marked._attn_implementation_internal = ATTENTION_NAME
-        module.config = marked
-        module.knowledge_site = self
-        self._hook = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-
-    def remove(self) -> None:
-        self._hook.remove()
-        self._module.config = self._config
-        del self._module.knowledge_site
-
-    @property
-    def implementation(self) -> str:
-        """The attention implementation that the model's masks and caches are made for at this moment."""
-        return self._config._attn_implementation
-
-    def text_function(self) -> Callable[..., tuple[torch.Tensor, Any]]:
-        """The library's attention function for this module."""
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_function(self._module))
-
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        forward = kwargs.pop("knowledge", None)
-        if forward is not None and not isinstance(forward, ForwardPass):
-            raise InputError(
-                "knowledge was given to a part of the base model",
-                where=type(module).__name__,
-                help="give it to the model that the adapter is attached to",
-            )
-        if forward is not None:
-            kwargs["knowledge_call"] = (forward, args[0] if args else kwargs["hidden_states"])
-        return args, kwargs
-
-
-def _knowledge_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function of KB layers: the library's, merged with the attention over facts.
-
-    Args: as transformers calls attention functions: query [B, N, T, H], key and value [B, K, S, H].
-
-    Returns:
-        Output [B, T, N, H], and the text's attention weights where the library gives them.
-    """
-    site: Any = module.knowledge_site
-    call = kwargs.pop("knowledge_call", None)
-    function = site.text_function()
-    if call is None:
-        return function(module, query, key, value, attention_mask, **kwargs)
-    forward, hidden_BTX = call
-    attended = forward.attend(site.layer, hidden_BTX.flatten(0, 1))
-    if attended is None:
-        return function(module, query, key, value, attention_mask, **kwargs)
-    _refuse_other_terms(site.implementation, type(module).__name__, kwargs)
-    if site.implementation == "sdpa":
-        text_BTNH, lse_BNT = sdpa_with_log_sum_exp(function, module, query, key, value, attention_mask, **kwargs)
-        weights_BNTS = None
-    elif site.implementation == "eager":
-        text_BTNH, weights_BNTS = function(module, query, key, value, attention_mask, **kwargs)
-        lse_BNT = text_log_sum_exp(query, key, attention_mask, scale=kwargs.get("scaling"))
-    else:
-        raise _unsupported_implementation(site.implementation, type(module).__name__)
-    out_BTNH, weight_TN = attended.merge_with_text(text_BTNH, lse_BNT)
-    if forward.recorder is not None:
-        forward.recorder.record(site.layer, attended, weight_TN)
-    if weights_BNTS is not None:
-        text_share_BNT1 = 1 - weight_TN.view(*text_BTNH.shape[:3]).transpose(1, 2)[..., None]
-        weights_BNTS = weights_BNTS * text_share_BNT1.to(weights_BNTS.dtype)
-    return out_BTNH, weights_BNTS
-
-
-AttentionInterface.register(ATTENTION_NAME, _knowledge_attention)
-
-
-def attention_modules(base_model: PreTrainedModel) -> dict[int, Any]:
-    """The decoder's self-attention modules that use the library's attention interface, by layer.
-
-    Raises:
-        UnsupportedModelError: it has none, or encodes and decodes.
-    """
-    name = type(base_model).__name__
-    if getattr(base_model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError("not a decoder-only model", where=name, help="attach to a decoder, such as Llama")
-    decoder: nn.Module = base_model.get_decoder() if hasattr(base_model, "get_decoder") else base_model
-    found: dict[int, Any] = {
-        module.layer_idx: module  # type: ignore[misc]
-        for module in decoder.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and _uses_attention_interface(module)
-    }
-    if not found:
-        raise UnsupportedModelError(
-            "no layer calls the attention interface of transformers",
-            where=name,
-            help="use a decoder whose modelling file looks its attention up in ALL_ATTENTION_FUNCTIONS",
-        )
-    return found
-
-
-def _uses_attention_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
-
-
-def _eager_function(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
-    return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
-
-
-def _refuse_unsupported(base_model: PreTrainedModel, modules: dict[int, Any]) -> None:
-    name = type(base_model).__name__
-    implementation = base_model.config._attn_implementation
-    if implementation not in SUPPORTED:
-        raise _unsupported_implementation(implementation, name)
-    config = base_model.config.get_text_config(decoder=True)
-    head_dim = BaseShape.of(base_model.config).head_dim
-    for module in modules.values():
-        widths = {getattr(module, width, head_dim) for width in ("head_dim", "qk_head_dim", "v_head_dim")}
-        if widths != {head_dim}:
-            raise UnsupportedModelError(
-                f"heads of several widths: {sorted({*widths, head_dim})}",
-                where=name,
-                help="choose a base model whose keys, queries and values have one head dimension",
-            )
-        if getattr(module, "sinks", None) is not None:
-            raise UnsupportedModelError("attention sinks", where=name, help="choose a base model without them")
-        softcap = getattr(module, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None)
-        if softcap is not None:
-            raise UnsupportedModelError(
-                f"attention logits are capped at {softcap}", where=name, help="choose a base model without soft-capping"
-            )
-
-
-def _refuse_other_terms(implementation: str, where: str, kwargs: dict[str, Any]) -> None:
-    """Some layers hand terms of their softmax to the attention function: what is not in the log-sum-exp is refused."""
-    # `sdpa` gets position biases as a mask, which the log-sum-exp has; the names are the library's.
-    refused = ["sinks", "s_aux", "softcap"] + ["position_bias"] * (implementation != "sdpa")
-    for term in refused:
-        if kwargs.get(term) is not None:
-            raise UnsupportedModelError(
-                f"its attention has {term!r}, which cannot be merged with",
-                where=where,
-                help='load the base model with attn_implementation="sdpa", or choose another without it',
-            )
-
-
-def _unsupported_implementation(implementation: str, where: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the attention implementation {implementation!r} gives no log-sum-exp to merge with",
-        where=where,
-        help='load the base model with attn_implementation="sdpa"',
-    )
 
 
 def _input_shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:

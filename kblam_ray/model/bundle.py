@@ -20,8 +20,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kblam_ray import storage
-from kblam_ray.attention.config import CONFIG_FILE
-from kblam_ray.attention.loading import CARD_FILE, TENSORS_FILE, check_tensors, read_adapter
+from kblam_ray.attention.adapter.config import CONFIG_FILE
+from kblam_ray.attention.adapter.loading import CARD_FILE, TENSORS_FILE, check_tensors, read_adapter
 from kblam_ray.errors import InputError
 from kblam_ray.model.matching import require_encoder
 from kblam_ray.model.planner import read_base_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kblam_ray.attention.config import AdapterConfig
+from kblam_ray.attention.adapter.config import AdapterConfig
 from kblam_ray.encoders.base import EncoderSpec
 from kblam_ray.errors import EncoderMismatchError
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import AdapterConfig, BaseShape
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 from kblam_ray.attention.memory import choose_form
 from kblam_ray.encoders.base import EncoderSpec
 from kblam_ray.encoders.load import encoder_spec

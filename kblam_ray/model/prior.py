@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from kblam_ray.attention.chunk import Chunk
 from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.attention.memory.chunk import Chunk
 from kblam_ray.encoders.base import Encoder
 from kblam_ray.errors import EncoderError, EncoderMismatchError, InputError
 from kblam_ray.model.mentions import EntityIndex
 
 if TYPE_CHECKING:
-    from kblam_ray.attention.config import AdapterConfig
+    from kblam_ray.attention.adapter.config import AdapterConfig
 
 Conversation = Sequence[Mapping[str, str]] | str
 """Messages with role and content, or one question."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import AdapterConfig, BaseShape, EncoderRef
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape, EncoderRef
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import AdapterConfig, BaseShape
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 from kblam_ray.attention.memory import KnowledgeMemory
 
 DIM = 4

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, Qwen3Config
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import AdapterConfig, BaseShape
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 from kblam_ray.errors import AdapterError, AdapterMismatchError, UnsupportedModelError
 
 

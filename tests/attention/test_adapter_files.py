@@ -118,7 +118,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kblam_ray.attention.saving.save_file", full)
+    monkeypatch.setattr("kblam_ray.attention.adapter.saving.save_file", full)
     with pytest.raises(StorageError, match="No space left"):
         adapter().save_pretrained(tmp_path / "mine")
     assert os.listdir(tmp_path) == []
@@ -128,7 +128,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kblam_ray.attention.saving.model_card", full)
+    monkeypatch.setattr("kblam_ray.attention.adapter.saving.model_card", full)
     with pytest.raises(StorageError):
         adapter(kind="shared").save_pretrained(saved)
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from kblam_ray.attention import KnowledgeMemory, attach
 from kblam_ray.attention.benchmark import AttentionBenchmark, benchmark_attention, refresh, run
 from kblam_ray.attention.benchmark.cases import Case, CaseBytes, case_bytes, cases_of, side_by_side
 from kblam_ray.attention.benchmark.machine import Machine
+from kblam_ray.attention.benchmark.memory_changes import random_embeddings
 from kblam_ray.attention.benchmark.published import PublishedMemory, published_attention
 from kblam_ray.attention.benchmark.random_model import (
     adapter_config,
@@ -25,7 +26,6 @@ from kblam_ray.attention.benchmark.settings import auto_rule
 from kblam_ray.attention.benchmark.turns import Prompt, Times, measure_in_turns
 from kblam_ray.attention.benchmark.ways import NoFacts, get_ready
 from kblam_ray.attention.memory import choose_form
-from kblam_ray.attention.memory_benchmark import random_embeddings
 from kblam_ray.errors import InputError, MissingDependencyError
 
 CPU = torch.device("cpu")

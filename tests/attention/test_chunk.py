@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memory_cases import DIM, embeddings, tiny_adapter
 
 from kblam_ray.attention import projections
-from kblam_ray.attention.chunk import Chunk, ChunkView
+from kblam_ray.attention.memory.chunk import Chunk, ChunkView
 from kblam_ray.attention.projections import fact_scale, materialize
 
 

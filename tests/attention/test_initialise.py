@@ -12,8 +12,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.attach import attach, attention_modules
-from kblam_ray.attention.base_probe import probe
+from kblam_ray.attention.adapter.base_probe import probe
+from kblam_ray.attention.attach import attach
+from kblam_ray.attention.decoder import attention_modules
 from kblam_ray.errors import AdapterError, UnsupportedModelError
 
 SEEN: dict[int, dict[str, torch.Tensor]] = {}

@@ -12,8 +12,8 @@ import torch
 from memory_cases import DIM, changes, embeddings, expected, load, seen, text, tiny_adapter
 
 from kblam_ray import Fact, KnowledgeBase
+from kblam_ray.attention.benchmark.memory_changes import apply_one_by_one, measure_apply, random_embeddings
 from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.attention.memory_benchmark import apply_one_by_one, measure_apply, random_embeddings
 from kblam_ray.errors import EmbeddingError, InputError
 
 ADAPTER = tiny_adapter()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from memory_cases import DIM, changes, embeddings, load, texts, tiny_adapter
 
-from kblam_ray.attention.held_bytes import HeldBytes
 from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.attention.memory.held_bytes import HeldBytes
 
 ADAPTER = tiny_adapter()
 NUM = 100

@@ -166,7 +166,7 @@ def test_the_largest_and_smallest_finite_numbers_are_taken(dtype):
 
 
 def test_the_last_number_of_many_blocks_is_checked(monkeypatch):
-    monkeypatch.setattr("kblam_ray.attention.embeddings.NUMBERS_PER_BLOCK", 3 * DIM)
+    monkeypatch.setattr("kblam_ray.attention.memory.embeddings.NUMBERS_PER_BLOCK", 3 * DIM)
     for row in range(11):
         keys_MP, values_MP = embeddings(range(11))
         values_MP[row, DIM - 1] = np.inf

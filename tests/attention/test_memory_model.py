@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from memory_cases import changes, expected, load, seen, text, tiny_adapter
 
-from kblam_ray.attention import tiers
+from kblam_ray.attention.memory import tiers
 from kblam_ray.attention.projections import fact_scale
 
 ADAPTER = tiny_adapter()

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_cases import changes, expected, load, seen, tiny_adapter
 
-from kblam_ray.attention import tiers
+from kblam_ray.attention.memory import tiers
+from kblam_ray.attention.memory.tiers import CHUNKS_PER_TIER, SMALLEST, merge_groups
 from kblam_ray.attention.projections import fact_scale, materialize
-from kblam_ray.attention.tiers import CHUNKS_PER_TIER, SMALLEST, merge_groups
 
 
 @given(st.lists(st.integers(1, 300_000), max_size=40))

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from kblam_ray.attention import KnowledgeAdapter, KnowledgeMemory, projections, softmax, text
-from kblam_ray.attention.config import AdapterConfig, BaseShape
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 
 KINDS = ("paper", "shared")
 FORMS = ("latent", "materialized")

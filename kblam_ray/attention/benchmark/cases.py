@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kblam_ray.attention.adapter.config import AdapterConfig
 from kblam_ray.attention.benchmark.settings import AttentionBenchmark
-from kblam_ray.attention.config import AdapterConfig
 from kblam_ray.attention.layer_facts import is_cheaper_expanded
 from kblam_ray.attention.softmax import ROWS_PER_BLOCK, SCORES_PER_BLOCK
 

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.attach import attention_modules
+from kblam_ray.attention.decoder import attention_modules
 
 _NAME = "kblam_published"
 FACTS_PER_BLOCK = 8_192

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import AdapterConfig, BaseShape
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 
 ShapeName = Literal["llama-1b", "llama-8b", "tiny"]
 

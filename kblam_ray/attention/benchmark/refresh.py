@@ -17,10 +17,10 @@ import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.benchmark.machine import Machine
+from kblam_ray.attention.benchmark.memory_changes import apply_one_by_one, random_embeddings
 from kblam_ray.attention.benchmark.turns import Prompt
 from kblam_ray.attention.benchmark.ways import Ours, derive
 from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.attention.memory_benchmark import apply_one_by_one, random_embeddings
 
 WATCHED_VERSIONS = 100
 

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.attention.adapter.config import AdapterConfig
 from kblam_ray.attention.benchmark import report
 from kblam_ray.attention.benchmark.cases import Case, Skipped, case_bytes, cases_of, side_by_side
 from kblam_ray.attention.benchmark.machine import FREE_SHARE, Machine, peak_process_bytes
+from kblam_ray.attention.benchmark.memory_changes import measure_apply, random_embeddings
 from kblam_ray.attention.benchmark.random_model import (
     adapter_config,
     llama_config,
@@ -27,9 +29,7 @@ from kblam_ray.attention.benchmark.refresh import measure_refresh
 from kblam_ray.attention.benchmark.settings import AttentionBenchmark, auto_rule
 from kblam_ray.attention.benchmark.turns import Prompt, Times, measure_in_turns
 from kblam_ray.attention.benchmark.ways import Way, get_ready
-from kblam_ray.attention.config import AdapterConfig
 from kblam_ray.attention.memory import choose_form
-from kblam_ray.attention.memory_benchmark import measure_apply, random_embeddings
 from kblam_ray.errors import InputError
 
 READY_S = 5.0

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kblam_ray.attention import fact_texts
-from kblam_ray.attention.chunk import Chunk
-from kblam_ray.attention.embeddings import as_embeddings, first_bad_row
+from kblam_ray.attention.memory import fact_texts
+from kblam_ray.attention.memory.chunk import Chunk
+from kblam_ray.attention.memory.embeddings import as_embeddings, first_bad_row
 from kblam_ray.errors import EmbeddingError, InputError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kblam_ray.attention import hub
-from kblam_ray.attention.config import CONFIG_FILE, AdapterConfig
+from kblam_ray.attention.adapter import hub
+from kblam_ray.attention.adapter.config import CONFIG_FILE, AdapterConfig
 from kblam_ray.errors import AdapterError, StorageError
 
 TENSORS_FILE = "adapter_model.safetensors"

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kblam_ray.attention.base_probe import device_of
-from kblam_ray.attention.config import STRUCTURE, AdapterConfig, EncoderRef
-from kblam_ray.attention.initialise import settings_for, starting_tensors
-from kblam_ray.attention.kblam_checkpoint import State, read_checkpoint
-from kblam_ray.attention.loading import check_tensors, common_dtype, read_adapter
-from kblam_ray.attention.saving import push_adapter, write_adapter
+from kblam_ray.attention.adapter.base_probe import device_of
+from kblam_ray.attention.adapter.config import STRUCTURE, AdapterConfig, EncoderRef
+from kblam_ray.attention.adapter.initialise import settings_for, starting_tensors
+from kblam_ray.attention.adapter.kblam_checkpoint import State, read_checkpoint
+from kblam_ray.attention.adapter.loading import check_tensors, common_dtype, read_adapter
+from kblam_ray.attention.adapter.saving import push_adapter, write_adapter
 from kblam_ray.errors import AdapterError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kblam_ray.attention.loading import PICKLE_SUFFIXES, opened_safetensors, read_safetensors, refuse_pickle
+from kblam_ray.attention.adapter.loading import PICKLE_SUFFIXES, opened_safetensors, read_safetensors, refuse_pickle
 from kblam_ray.errors import AdapterError, StorageError
 
 Reader = Callable[[], torch.Tensor]

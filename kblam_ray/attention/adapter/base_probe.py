@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kblam_ray.attention.config import AdapterConfig, BaseShape
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 from kblam_ray.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _attention_modules(base_model: PreTrainedModel, layers: tuple[int, ...]) -> 
     # Here, not above: attach.py imports the adapter, which imports this module.
     from transformers import AttentionInterface
 
-    from kblam_ray.attention.attach import attention_modules
+    from kblam_ray.attention.decoder import attention_modules
 
     AttentionInterface.register(_WATCHED_ATTENTION, _watched_attention)
     found = attention_modules(base_model)

@@ -16,8 +16,8 @@ import torch
 
 from kblam_ray.attention import projections
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.fact_texts import frozen, is_ascending
-from kblam_ray.attention.held_bytes import HeldBytes
+from kblam_ray.attention.memory.fact_texts import frozen, is_ascending
+from kblam_ray.attention.memory.held_bytes import HeldBytes
 
 if TYPE_CHECKING:
     import pyarrow as pa

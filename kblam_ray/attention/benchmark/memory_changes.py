@@ -17,9 +17,9 @@ import pyarrow as pa
 import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.config import AdapterConfig, BaseShape
-from kblam_ray.attention.held_bytes import HeldBytes
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
 from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.attention.memory.held_bytes import HeldBytes
 
 _DISTINCT_ROWS = 65_536
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kblam_ray.attention import hub
-from kblam_ray.attention.config import CONFIG_FILE, AdapterConfig
-from kblam_ray.attention.loading import CARD_FILE, TENSORS_FILE, check_tensors
+from kblam_ray.attention.adapter import hub
+from kblam_ray.attention.adapter.config import CONFIG_FILE, AdapterConfig
+from kblam_ray.attention.adapter.loading import CARD_FILE, TENSORS_FILE, check_tensors
 from kblam_ray.errors import AdapterError, StorageError
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from kblam_ray.attention import fact_texts
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.chunk import ChunkView
-from kblam_ray.attention.held_bytes import HeldBytes
-from kblam_ray.attention.intake import checked_chunk, split_chunk
-from kblam_ray.attention.priors import selected_prior, split_prior
-from kblam_ray.attention.tiers import consolidate
+from kblam_ray.attention.memory import fact_texts
+from kblam_ray.attention.memory.chunk import ChunkView
+from kblam_ray.attention.memory.held_bytes import HeldBytes
+from kblam_ray.attention.memory.intake import checked_chunk, split_chunk
+from kblam_ray.attention.memory.priors import selected_prior, split_prior
+from kblam_ray.attention.memory.tiers import consolidate
 from kblam_ray.errors import AdapterMismatchError, InputError
 
 if TYPE_CHECKING:

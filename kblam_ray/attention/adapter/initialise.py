@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kblam_ray.attention.base_probe import LayerProbe, own_query_projections, probe, random_tokens
-from kblam_ray.attention.config import AdapterConfig, BaseShape, EncoderRef
+from kblam_ray.attention.adapter.base_probe import LayerProbe, own_query_projections, probe, random_tokens
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape, EncoderRef
 from kblam_ray.errors import AdapterError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kblam_ray.attention import fact_texts
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.chunk import Chunk, ChunkView
+from kblam_ray.attention.memory import fact_texts
+from kblam_ray.attention.memory.chunk import Chunk, ChunkView
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kblam_ray.attention import checkpoint_files
-from kblam_ray.attention.config import AdapterConfig, BaseShape, EncoderRef
-from kblam_ray.attention.loading import common_dtype
+from kblam_ray.attention.adapter import checkpoint_files
+from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape, EncoderRef
+from kblam_ray.attention.adapter.loading import common_dtype
 from kblam_ray.errors import AdapterError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kblam_ray.attention.chunk import ChunkView
+from kblam_ray.attention.memory.chunk import ChunkView
 from kblam_ray.errors import InputError
 
 HIDDEN = float("-inf")

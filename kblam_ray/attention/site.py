@@ -1,0 +1,108 @@
+"""One KB layer of a decoder while adapters are attached: its attention merges the text with the facts.
+
+Shape legend: B batch, T query tokens, S text tokens attended to, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kblam_ray.attention.batch import ForwardPass
+from kblam_ray.attention.decoder import eager_function, refuse_other_terms, unsupported_implementation
+from kblam_ray.attention.text import sdpa_with_log_sum_exp, text_log_sum_exp
+from kblam_ray.errors import InputError
+
+ATTENTION_NAME = "kblam_ray"
+"""Under which `knowledge_attention` is registered with transformers."""
+
+
+class Site:
+    """A KB layer's attention module while it is attached to."""
+
+    def __init__(self, module: Any, layer: int) -> None:
+        self._module, self.layer = module, layer
+        self._config = module.config
+        # A copy, because the model's own config must go on saying which masks and caches it needs.
+        marked = copy.copy(module.config)
+        marked._attn_implementation_internal = ATTENTION_NAME
+        module.config = marked
+        module.knowledge_site = self
+        self._hook = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def remove(self) -> None:
+        self._hook.remove()
+        self._module.config = self._config
+        del self._module.knowledge_site
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation that the model's masks and caches are made for at this moment."""
+        return self._config._attn_implementation
+
+    def text_function(self) -> Callable[..., tuple[torch.Tensor, Any]]:
+        """The library's attention function for this module."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_function(self._module))
+
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        forward = kwargs.pop("knowledge", None)
+        if forward is not None and not isinstance(forward, ForwardPass):
+            raise InputError(
+                "knowledge was given to a part of the base model",
+                where=type(module).__name__,
+                help="give it to the model that the adapter is attached to",
+            )
+        if forward is not None:
+            kwargs["knowledge_call"] = (forward, args[0] if args else kwargs["hidden_states"])
+        return args, kwargs
+
+
+def knowledge_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of KB layers: the library's, merged with the attention over facts.
+
+    Args: as transformers calls attention functions: query [B, N, T, H], key and value [B, K, S, H].
+
+    Returns:
+        Output [B, T, N, H], and the text's attention weights where the library gives them.
+    """
+    site: Any = module.knowledge_site
+    call = kwargs.pop("knowledge_call", None)
+    function = site.text_function()
+    if call is None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    forward, hidden_BTX = call
+    attended = forward.attend(site.layer, hidden_BTX.flatten(0, 1))
+    if attended is None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    refuse_other_terms(site.implementation, type(module).__name__, kwargs)
+    if site.implementation == "sdpa":
+        text_BTNH, lse_BNT = sdpa_with_log_sum_exp(function, module, query, key, value, attention_mask, **kwargs)
+        weights_BNTS = None
+    elif site.implementation == "eager":
+        text_BTNH, weights_BNTS = function(module, query, key, value, attention_mask, **kwargs)
+        lse_BNT = text_log_sum_exp(query, key, attention_mask, scale=kwargs.get("scaling"))
+    else:
+        raise unsupported_implementation(site.implementation, type(module).__name__)
+    out_BTNH, weight_TN = attended.merge_with_text(text_BTNH, lse_BNT)
+    if forward.recorder is not None:
+        forward.recorder.record(site.layer, attended, weight_TN)
+    if weights_BNTS is not None:
+        text_share_BNT1 = 1 - weight_TN.view(*text_BTNH.shape[:3]).transpose(1, 2)[..., None]
+        weights_BNTS = weights_BNTS * text_share_BNT1.to(weights_BNTS.dtype)
+    return out_BTNH, weights_BNTS
+
+
+AttentionInterface.register(ATTENTION_NAME, knowledge_attention)
