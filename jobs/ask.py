@@ -44,7 +44,7 @@ def ask(settings: AskSettings) -> dict[str, Any]:
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"answering needs the package {error.name}", help='pip install "kblam-ray[local]"'
+            f"answering needs the package {error.name}", help='pip install "kblam-ray[model]"'
         ) from None
     if settings.plan:
         return _planned(settings)
@@ -76,7 +76,7 @@ def ask(settings: AskSettings) -> dict[str, Any]:
 
 def _planned(settings: AskSettings) -> dict[str, Any]:
     from kblam_ray import KnowledgeBase
-    from kblam_ray.attention.loading import read_adapter
+    from kblam_ray.attention.adapter.loading import read_adapter
     from kblam_ray.model import Bundle, plan
 
     base_model, adapter, kb, version = settings.base_model, settings.adapter, settings.kb, settings.kb_version

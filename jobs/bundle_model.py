@@ -44,7 +44,7 @@ def bundle(settings: BundleSettings) -> dict[str, Any]:
         from kblam_ray.model import write_bundle
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"bundling needs the package {error.name}", help='pip install "kblam-ray[local]"'
+            f"bundling needs the package {error.name}", help='pip install "kblam-ray[model]"'
         ) from None
     written = write_bundle(
         settings.output,
