@@ -73,6 +73,7 @@ def test_kb_layers_by_frequency_and_by_list():
         ({"kind": "shared", "slots": 4}, "there must be exactly"),
         ({"retrieval_layers": [1]}, r"retrieval layers \[1\] are not KB layers"),
         ({"retrieval_layers": []}, "retrieval_layers"),
+        ({"retrieval_layers": [2, 0, 2]}, "more than once"),
         ({"encoder": ENCODER, "dim": 11}, "dim is 11 but the encoder gives 10"),
         ({"kb_scale": 0}, "kb_scale"),
         ({"kb_scale": float("nan")}, "kb_scale"),
@@ -116,7 +117,7 @@ def test_a_file_of_settings_that_cannot_be_read(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[1]", b'"text"'])
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[1]", b'"text"', b"[" * 100_000])
 def test_a_file_that_holds_no_settings(tmp_path, text):
     (tmp_path / "adapter_config.json").write_bytes(text)
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +55,34 @@ def test_a_dtype_can_be_asked_for(saved):
     loaded = KnowledgeAdapter.from_pretrained(str(saved), dtype=torch.float64, device="cpu")
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float64}
     assert torch.equal(loaded.value_projection.weight.float(), adapter().value_projection.weight)
+
+
+def test_a_dtype_that_cannot_hold_the_numbers_is_refused(saved):
+    state = load_file(saved / "adapter_model.safetensors")
+    state["value_projection.weight"][3, 1] = 70_000
+    save_file(state, saved / "adapter_model.safetensors")
+    assert KnowledgeAdapter.from_pretrained(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(AdapterError, match=r"value_projection\.weight holds numbers that are not finite in float16"):
+        KnowledgeAdapter.from_pretrained(saved, dtype=torch.float16)
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(AdapterError, match="cannot be"):
+            KnowledgeAdapter.from_pretrained(saved, dtype=dtype)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_scores_cannot_be_divided_by_is_refused(tmp_path, scale):
+    made = adapter(kind="shared")
+    made.save_pretrained(tmp_path / "mine")
+    save_file({**made.state_dict(), "key_scale": torch.tensor([scale])}, tmp_path / "mine/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=f"key_scale is {scale:g}"):
+        KnowledgeAdapter.from_pretrained(tmp_path / "mine")
+
+
+def test_an_adapter_loaded_in_inference_mode_can_be_trained(saved):
+    with torch.inference_mode():
+        loaded = KnowledgeAdapter.from_pretrained(saved)
+    loaded.value_projection(torch.ones(10)).sum().backward()
+    assert loaded.value_projection.weight.grad.abs().sum() > 0
 
 
 def test_a_loaded_adapter_does_not_depend_on_its_file(saved):
@@ -112,6 +142,8 @@ def test_gathered_tensors_can_be_saved_instead_of_the_adapters_own(tmp_path):
     adapter().save_pretrained(tmp_path / "mine", state_dict=gathered)
     loaded = KnowledgeAdapter.from_pretrained(tmp_path / "mine")
     assert all(torch.equal(tensor, gathered[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(AdapterError, match="lacks the tensors"):
+        adapter().save_pretrained(tmp_path / "other", state_dict={})
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -134,6 +166,32 @@ def test_a_failed_save_leaves_the_old_adapter(saved, monkeypatch):
     monkeypatch.undo()
     assert_same(KnowledgeAdapter.from_pretrained(saved), adapter())
     assert os.listdir(saved.parent) == ["mine"]
+
+
+def test_a_folder_that_exists_is_written_from_within(saved, monkeypatch):
+    # It may be a mount of its own, or a link to another disk, onto which nothing can be renamed from outside.
+    replace, sources = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda source, goal: (sources.append(Path(source)), replace(source, goal)))
+    made = adapter(kind="shared")
+    link = saved.parent / "link"
+    link.symlink_to(saved)
+    made.save_pretrained(link)
+    assert {source.parent.parent for source in sources} == {link}
+    assert_same(KnowledgeAdapter.from_pretrained(saved), made)
+    assert sorted(os.listdir(saved)) == FILES
+
+
+def test_many_savers_of_a_new_folder_leave_one_adapter(tmp_path):
+    barrier = threading.Barrier(6)
+
+    def save(made: KnowledgeAdapter) -> None:
+        barrier.wait()
+        made.save_pretrained(tmp_path / "mine")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(save, [adapter() for _ in range(6)]))
+    assert_same(KnowledgeAdapter.from_pretrained(tmp_path / "mine"), adapter())
+    assert (os.listdir(tmp_path), sorted(os.listdir(tmp_path / "mine"))) == (["mine"], FILES)
 
 
 def test_a_diverged_adapter_is_not_saved(tmp_path):
@@ -201,7 +259,10 @@ CHANGES = {
         lambda state: state.update({"query_heads.2.weight": torch.zeros(24, 23)}),
         r"query_heads\.2\.weight has the shape \[24, 23\], the settings make it \[24, 24\]",
     ),
-    "integers": (lambda state: state.update({"key_projection.bias": torch.zeros(96, dtype=torch.int8)}), "is int8"),
+    "integers": (
+        lambda state: state.update({"key_projection.bias": torch.zeros(96, dtype=torch.int8)}),
+        "cannot be int8",
+    ),
     "infinite": (lambda state: state["key_projection.bias"].fill_(float("inf")), r"key_projection\.bias.*not finite"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from adapter_samples import ENCODER
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Phi3Config
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.errors import AdapterError
+from kblam_ray.errors import AdapterError, UnsupportedModelError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "kblam_llama"
 
@@ -212,13 +213,21 @@ ENCODER_CHANGES = {
     "nested": (lambda state: {"state_dict": state}, "'state_dict' is dict, not a tensor"),
     "model instead": (lambda _: model_state(), "encoder.pt"),
     "nothing": (lambda _: {}, "no projector_k"),
+    "a module": (lambda _: torch.nn.Linear(2, 2), "a Linear is not a checkpoint"),
+    "arrays": (lambda state: {name: tensor.numpy() for name, tensor in state.items()}, "is ndarray, not a tensor"),
+    "one array": (add(projector_k__bias=np.zeros(72)), "'projector_k.bias' is ndarray"),
+    "quantised": (add(projector_v__bias=torch.zeros(72, dtype=torch.int8)), "cannot be int8"),
+    "not loaded": (add(projector_v__bias=torch.zeros(72, device="meta")), "meta device"),
 }
 MODEL_CHANGES = {
     "no query head": (drop(HEAD), "no query head for KB layer 2"),
     "query head of another width": (
         lambda state: state | {HEAD: torch.zeros(24, 20)},
-        r"query_heads\.2\.weight has the shape",
+        r"query_heads\.2\.weight has the shape.*both states of one training run",
     ),
+    "quantised": (lambda state: state | {HEAD: torch.zeros(24, 24, dtype=torch.int8)}, "cannot be int8"),
+    "float8": (lambda state: state | {HEAD: torch.zeros(24, 24, dtype=torch.float8_e5m2)}, "cannot be float8_e5m2"),
+    "not loaded": (lambda state: state | {HEAD: torch.zeros(24, 24, device="meta")}, "meta device"),
     "two of a kind": (lambda state: state | {HEAD.replace("_new", "_kg"): torch.zeros(24, 24)}, "both .*q_proj_kg"),
     "bias": (lambda state: state | {HEAD.replace("weight", "bias"): torch.ones(24)}, "KB layer 2 has a bias"),
     "encoder instead": (lambda _: encoder_state(), "no query head for KB layer 0"),
@@ -237,6 +246,30 @@ def test_model_states_that_are_refused(change):
     make, message = MODEL_CHANGES[change]
     with pytest.raises(AdapterError, match=message):
         KnowledgeAdapter.from_kblam(encoder_state(), make(model_state()), BASE, kb_layer_frequency=2)
+
+
+def test_what_is_no_tensor_and_not_read_does_no_harm():
+    encoder = encoder_state() | {"steps": 600, "optimizer": {"lr": 0.1}}
+    model = model_state() | {"model.layers.0.mlp._extra_state": None}
+    made = KnowledgeAdapter.from_kblam(encoder, model, BASE, kb_layer_frequency=2)
+    check(made, encoder, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_config": "meta-llama/Llama-3.2-1B"}, "str is not a transformers configuration"),
+        ({"base_config": BASE.to_dict()}, "dict is not a transformers configuration"),
+        ({"kb_layer_frequency": "3"}, "no whole number: '3'"),
+        ({"kb_layer_frequency": None}, "no whole number: None"),
+        ({"kb_scale": 0}, "kb_scale"),
+        ({"encoder": "all-MiniLM-L6-v2"}, "str does not say which encoder"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, message):
+    given = {"encoder_state": encoder_state(), "model_state": model_state(), "base_config": BASE} | arguments
+    with pytest.raises((AdapterError, UnsupportedModelError), match=message):
+        KnowledgeAdapter.from_kblam(**{"kb_layer_frequency": 2, **given})
 
 
 def test_a_bias_of_zeros_is_no_bias():

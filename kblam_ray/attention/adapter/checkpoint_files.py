@@ -7,6 +7,7 @@ asked for. A `.pt` or `.bin` is opened with `weights_only=True`, which builds te
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -38,6 +39,10 @@ def entries(state: Mapping[str, torch.Tensor] | str | Path, *, preferred: tuple[
     """
     if isinstance(state, Mapping):
         return _of_mapping(state, "the mapping given")
+    if not isinstance(state, str | os.PathLike):
+        raise AdapterError(
+            f"a {type(state).__name__} is not a checkpoint", help="give a state dict, or the path of one"
+        )
     path = Path(state)
     if path.is_dir():
         names = (*preferred, *INDEX_FILES, *WHOLE_FILES)
@@ -73,18 +78,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _of_mapping(state: Mapping[Any, Any], where: str) -> dict[str, Reader]:
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise AdapterError(
-                f"{name!r} is {type(tensor).__name__}, not a tensor",
-                where=where,
-                help="give a state dict: names and tensors, nothing nested",
-            )
-    return {name: partial(_itself, tensor) for name, tensor in state.items()}
+    # Other things beside tensors do no harm (a step counter, a module's extra state); without any tensor it is no
+    # state dict, but may hold one.
+    if state and not any(isinstance(found, torch.Tensor) for found in state.values()):
+        _tensor(*next(iter(state.items())), where)
+    return {name: partial(_tensor, name, found, where) for name, found in state.items() if isinstance(name, str)}
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _tensor(name: str, found: object, where: str) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor):
+        raise AdapterError(
+            f"{name!r} is {type(found).__name__}, not a tensor",
+            where=where,
+            help="give a state dict: names and tensors, nothing nested",
+        )
+    return found
 
 
 def _of_file(path: Path) -> dict[str, Reader]:

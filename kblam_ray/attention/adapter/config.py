@@ -42,6 +42,10 @@ class BaseShape(BaseModel):
             UnsupportedModelError: the configuration lacks a size, has one per layer, or its heads' values have
                 another width than their keys.
         """
+        if not hasattr(hf_config, "get_text_config"):
+            raise UnsupportedModelError(
+                f"a {type(hf_config).__name__} is not a transformers configuration", help="give the base model's config"
+            )
         text = hf_config.get_text_config(decoder=True)
         sizes: dict[str, Any] = {
             "hidden_size": getattr(text, "hidden_size", None),
@@ -75,8 +79,19 @@ class EncoderRef(BaseModel):
 
     @classmethod
     def of(cls, encoder: Any) -> EncoderRef:
-        """The reference to anything with `name`, `revision` and `dim`, such as a knowledge base's encoder."""
-        return cls(name=encoder.name, revision=encoder.revision, dim=encoder.dim)
+        """The reference to anything with `name`, `revision` and `dim`, such as a knowledge base's encoder.
+
+        Raises:
+            AdapterError: it lacks one of them, or they are of another type.
+        """
+        try:
+            return cls(name=encoder.name, revision=encoder.revision, dim=encoder.dim)
+        except (AttributeError, ValidationError):
+            raise AdapterError(
+                f"a {type(encoder).__name__} does not say which encoder it is",
+                where="encoder",
+                help="give an EncoderRef with its name, revision and dim, or a knowledge base's encoder",
+            ) from None
 
 
 class AdapterConfig(BaseModel):
@@ -131,6 +146,8 @@ class AdapterConfig(BaseModel):
         strangers = sorted(set(self.retrieval_layers) - set(layers))
         if strangers:
             raise ValueError(f"retrieval layers {strangers} are not KB layers; those are {list(layers)}")
+        if len(set(self.retrieval_layers)) != len(self.retrieval_layers):
+            raise ValueError(f"retrieval layers {self.retrieval_layers} name one more than once")
         if self.encoder is not None and self.encoder.dim != self.dim:
             raise ValueError(f"dim is {self.dim} but the encoder gives {self.encoder.dim} numbers")
         least_facts, most_facts = self.training_kb_range or (0, 0)
@@ -232,7 +249,7 @@ class AdapterConfig(BaseModel):
                 where=str(path),
                 help=f"an adapter's folder has {CONFIG_FILE} in it: check the path",
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AdapterError(
                 f"the adapter's configuration is not JSON: {error}", where=str(path), help="get the file again"
             ) from None

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ import torch
 
 from kblam_ray.attention.adapter import checkpoint_files
 from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape, EncoderRef
-from kblam_ray.attention.adapter.loading import common_dtype
+from kblam_ray.attention.adapter.loading import check_tensors
 from kblam_ray.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -80,8 +81,12 @@ def read_checkpoint(
         where="the checkpoint",
     )
     tensors = {**projections, **_read_query_heads(model_state, config.layers)}
-    dtype = common_dtype(tensors.values())
-    return config, {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    check_tensors(
+        config, tensors, where="the checkpoint", help="give both states of one training run, and its base model"
+    )
+    # Query heads may be on the device of a whole model.
+    device = tensors["value_projection.weight"].device
+    return config, {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _read_projections(state: State) -> dict[str, torch.Tensor]:
@@ -113,8 +118,12 @@ def _read_projections(state: State) -> dict[str, torch.Tensor]:
 
 
 def _count_slots(key_weight: torch.Tensor, shape: BaseShape, frequency: int) -> int:
-    if frequency < 1:
-        raise AdapterError("a KB layer frequency below 1", where="kb_layer_frequency", help="the published one is 3")
+    if not isinstance(frequency, Integral) or frequency < 1:
+        raise AdapterError(
+            f"a KB layer frequency below 1, or no whole number: {frequency!r}",
+            where="kb_layer_frequency",
+            help="the published one is 3",
+        )
     width = shape.num_heads * shape.head_dim
     slots = 1 + shape.num_layers // frequency
     rows = key_weight.shape[0]

@@ -28,7 +28,7 @@ from kblam_ray.attention.adapter.base_probe import device_of
 from kblam_ray.attention.adapter.config import STRUCTURE, AdapterConfig, EncoderRef
 from kblam_ray.attention.adapter.initialise import settings_for, starting_tensors
 from kblam_ray.attention.adapter.kblam_checkpoint import State, read_checkpoint
-from kblam_ray.attention.adapter.loading import check_tensors, common_dtype, read_adapter
+from kblam_ray.attention.adapter.loading import check_dtype, check_numbers, check_tensors, common_dtype, read_adapter
 from kblam_ray.attention.adapter.saving import push_adapter, write_adapter
 from kblam_ray.errors import AdapterError
 
@@ -98,13 +98,20 @@ class KnowledgeAdapter(nn.Module):
             dtype: of all of them; None is the one that holds all of theirs without loss.
 
         Raises:
-            AdapterError: a tensor is missing, superfluous, of another shape, no floating-point one or not finite.
+            AdapterError: a tensor is missing, superfluous, of another shape, no floating-point one or not finite, as
+                it is or as `dtype`.
         """
         check_tensors(config, tensors, where=where)
         if dtype is None:
             dtype = common_dtype(tensors.values())
+        check_dtype(dtype, where="dtype")
         adapter = cls(config, device="meta")
-        copies = {name: tensor.detach().to(device, dtype, copy=True) for name, tensor in tensors.items()}
+        # Whoever loads in inference mode may train later.
+        with torch.inference_mode(False):
+            copies = {name: tensor.detach().to(device, dtype, copy=True) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if tensor.dtype != dtype:
+                check_numbers(name, copies[name], where=where)
         nn.Module.load_state_dict(adapter, copies, assign=True)
         return adapter.eval()
 
@@ -216,7 +223,7 @@ class KnowledgeAdapter(nn.Module):
             AdapterError: the path is a file, or the tensors are not finite.
             StorageError: the disk cannot be written.
         """
-        write_adapter(path, self._config, state_dict or self.state_dict())
+        write_adapter(path, self._config, self.state_dict() if state_dict is None else state_dict)
 
     def push_to_hub(
         self,

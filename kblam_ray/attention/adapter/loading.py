@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,11 +124,20 @@ def opened_safetensors(path: Path) -> Iterator[safe_open]:
         raise StorageError(f"cannot read the file: {error}", where=str(path), help="check path and rights") from None
 
 
-def check_tensors(config: AdapterConfig, tensors: Mapping[str, torch.Tensor], *, where: str | None) -> None:
-    """Make sure that tensors are those of an adapter with these settings, and finite.
+ONE_ADAPTER = f"{CONFIG_FILE} and the tensors must be of one adapter: get both again"
+
+
+def check_tensors(
+    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], *, where: str | None, help: str = ONE_ADAPTER
+) -> None:
+    """Make sure that tensors are those of an adapter with these settings, and numbers to compute with.
+
+    Args:
+        help: what to do about tensors that do not fit the settings.
 
     Raises:
-        AdapterError: one is missing, superfluous, of another shape, no floating-point one, or not finite.
+        AdapterError: one is missing, superfluous, of another shape, no floating-point one, not loaded, not finite, or
+            a scale that is not positive.
     """
     shapes = config.tensor_shapes()
     for problem, names in (("lacks", shapes.keys() - tensors.keys()), ("has also", tensors.keys() - shapes.keys())):
@@ -135,27 +145,51 @@ def check_tensors(config: AdapterConfig, tensors: Mapping[str, torch.Tensor], *,
             raise AdapterError(
                 f"the adapter {problem} the tensors {_listed(names)}",
                 where=where,
-                help=f"{CONFIG_FILE} and the tensors must be of one adapter: get both again",
+                help=help,
             )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:
             raise AdapterError(
                 f"tensor {name} has the shape {list(tensor.shape)}, the settings make it {list(shapes[name])}",
                 where=where,
-                help=f"{CONFIG_FILE} and the tensors must be of one adapter: get both again",
+                help=help,
             )
-        if tensor.dtype not in DTYPES:
+        if tensor.is_meta:
             raise AdapterError(
-                f"tensor {name} is {str(tensor.dtype).removeprefix('torch.')}",
+                f"tensor {name} is not loaded: it is on the meta device",
                 where=where,
-                help="adapters are float16, bfloat16, float32 or float64",
+                help="give tensors with numbers in them; a model offloaded to the disk has none for some",
             )
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"tensor {name} holds numbers that are not finite",
-                where=where,
-                help="the training diverged or the file is damaged: use an earlier checkpoint",
-            )
+        check_dtype(tensor.dtype, where=f"tensor {name}" + (f", {where}" if where else ""))
+        check_numbers(name, tensor, where=where)
+
+
+def check_dtype(dtype: Any, *, where: str) -> None:
+    """Raises AdapterError unless an adapter's tensors can be of `dtype`."""
+    if dtype not in DTYPES:
+        raise AdapterError(
+            f"an adapter cannot be {str(dtype).removeprefix('torch.')}",
+            where=where,
+            help="adapters are torch.float16, bfloat16, float32 or float64",
+        )
+
+
+def check_numbers(name: str, tensor: torch.Tensor, *, where: str | None) -> None:
+    """Raises AdapterError unless a tensor of an adapter is finite in its dtype, and a scale above 0."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(
+            f"tensor {name} holds numbers that are not finite in {dtype}",
+            where=where,
+            help="the training diverged, the file is damaged or the dtype too narrow: use an earlier checkpoint, or "
+            "a wider dtype",
+        )
+    if name == "key_scale" and not (tensor > 0).all():
+        raise AdapterError(
+            f"key_scale is {tensor.item():g} in {dtype}; scores are divided by it",
+            where=where,
+            help="it is the spread of the encoder's key embeddings, above 0",
+        )
 
 
 def common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:

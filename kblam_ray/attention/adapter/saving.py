@@ -36,17 +36,18 @@ def write_adapter(path: str | Path, config: AdapterConfig, tensors: Mapping[str,
     check_tensors(config, tensors, where=None)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that it is on the same disk and the rename one step.
-        staging = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
+        # On the same disk as what it becomes, so that a rename is one step; a folder that exists may be a mount, or a
+        # link to another disk.
+        is_new = not folder.is_dir()
+        staging = (folder.parent if is_new else folder) / f".{folder.name}.{secrets.token_hex(6)}.partial"
         staging.mkdir()
         try:
             _fill(staging, config, tensors)
-            if folder.is_dir():
+            if not is_new or not _became(staging, folder):
                 _replace_files(staging, folder)
-            else:
-                staging.rename(folder)
             _sync(folder)
-            _sync(folder.parent)
+            if is_new:
+                _sync(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -165,6 +166,17 @@ def _fill(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tenso
     (folder / CARD_FILE).write_text(model_card(config), encoding="utf-8")
     for file in folder.iterdir():
         _sync(file)
+
+
+def _became(staging: Path, folder: Path) -> bool:
+    """Make the staging folder the folder; False where someone else has made that one meanwhile."""
+    try:
+        staging.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
 
 
 def _replace_files(staging: Path, folder: Path) -> None:
