@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -63,6 +65,18 @@ def test_few_facts_are_gathered_and_many_scanned():
     assert view.only(np.array([1, 6])).hidden.tolist() == [0, 2, 3, 4, 5, 7]
     assert view.only(np.array([1, 6])).num_rows == 8
     assert view.only(np.arange(8)) is view
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+@pytest.mark.parametrize("seen", [range(8), [6], [0, 1, 2, 6]])
+def test_a_copied_view_sees_the_same_and_is_another(copied, seen):
+    view = ChunkView(chunk_of(range(8))).only(np.array(seen))
+    view.chunk.fact_scale_M(tiny_adapter())
+    again = copied(view)
+    # What is kept per view must not be found for one of another process that had the same serial there.
+    assert again.serial not in (view.serial, ChunkView(view.chunk).serial)
+    assert again.fact_ids.tolist() == list(seen)
+    assert torch.equal(again.live_rows(again.chunk.keys_MP), view.live_rows(view.chunk.keys_MP))
 
 
 def test_rows_in_blocks_and_along_any_dimension():

@@ -130,6 +130,23 @@ def test_facts_may_be_rows():
     assert from_embeddings(*embeddings([]), facts=[]).has_texts
 
 
+def test_metadata_of_rows_is_json_text_even_where_the_first_row_has_none():
+    source = {"source": "Ämter", "pages": [1, 2]}
+    rows = [{"entity": "e", "property": "p", "value": "v"}, {**text(1), "metadata": source}]
+    found = from_embeddings(*embeddings(range(2)), facts=rows).lookup([0, 1])
+    assert [row["metadata"] for row in found] == [None, '{"source": "Ämter", "pages": [1, 2]}']
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view()])
+def test_texts_of_any_arrow_type_merge_with_later_ones(kind):
+    table = texts(range(4))
+    table = table.set_column(1, "entity", table["entity"].cast(kind)).set_column(4, "metadata", pa.nulls(4))
+    memory = from_embeddings(*embeddings(range(4)), facts=table, version=1)
+    after = memory.apply(changes([2, 3], [0], versions=(1, 2)))
+    assert len(after.views) == 1  # rewritten, the loaded chunk's texts beside the new ones
+    assert after.lookup([1, 3]) == [{"fact_id": 1, **text(1)}, {"fact_id": 3, **text(3, 1)}]
+
+
 def test_lookup_in_the_order_asked():
     memory = load(ADAPTER, range(10), chunk_rows=3)
     assert memory.lookup(np.array([9, 0, 4, 9])) == [{"fact_id": id_, **text(id_)} for id_ in (9, 0, 4, 9)]
@@ -185,6 +202,11 @@ def test_numbers_that_the_wanted_type_cannot_hold_are_refused():
 HALF = np.zeros((3, DIM), np.float16)
 
 
+def with_column(name: str, column) -> pa.Table:
+    table = texts([1, 2, 3])
+    return table.set_column(table.column_names.index(name), name, pa.array(column))
+
+
 @pytest.mark.parametrize(
     ("keys_MP", "values_MP", "options", "error", "words"),
     [
@@ -213,6 +235,12 @@ HALF = np.zeros((3, DIM), np.float16)
         (HALF, HALF, {"facts": texts([1, 2, 3]), "fact_ids": [1, 2, 4]}, InputError, "others than"),
         (HALF, HALF, {"facts": texts([1, 2, 3]).drop(["value"])}, InputError, "lack value"),
         (HALF, HALF, {"facts": "facts"}, InputError, "not rows of a table"),
+        (HALF, HALF, {"facts": [{**text(1), "value": 1}] * 3}, InputError, "not rows of a table"),
+        (HALF, HALF, {"facts": [text(1), {**text(1), "value": None}, text(1)]}, InputError, "no value .row 1"),
+        (HALF, HALF, {"facts": with_column("value", [1, 2, 3])}, InputError, "value of facts is int64, not text"),
+        (HALF, HALF, {"facts": with_column("metadata", [{"a": 1}] * 3)}, InputError, "struct.*JSON text"),
+        (torch.zeros(3, DIM, device="meta"), HALF, {}, EmbeddingError, "a meta tensor"),
+        (torch.zeros(3, DIM).to_sparse(), HALF, {}, EmbeddingError, "a sparse tensor"),
         (HALF, HALF, {"form": "compressed"}, InputError, "no form 'compressed'"),
         (HALF, HALF, {"chunk_rows": 0}, InputError, "0 rows"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,10 @@ class Chunk:
         held.add_array(self._order)
         held.add_table(self.facts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is derived holds for weights of this process only, see `KnowledgeAdapter.weights_key`.
+        return {**self.__dict__, "_derived": {}}
+
     def _names_for(self, weights_key: Hashable) -> list[DerivedName]:
         return [name for name, derived in list(self._derived.items()) if derived.weights_key == weights_key]
 
@@ -189,6 +193,10 @@ class ChunkView:
         with torch.inference_mode(False):
             self.positions = None if positions is None else torch.from_numpy(positions).to(device)
             self.hidden_rows = None if self.hidden is None else torch.from_numpy(hidden).to(device)
+
+    def __reduce__(self) -> tuple:
+        # Copied or sent to another process, it is another view: its serial may be taken there.
+        return _view_again, (self.chunk, self._host_positions, self.hidden)
 
     @property
     def num_rows(self) -> int:
@@ -279,6 +287,12 @@ class ChunkView:
         held.add_array(self._host_positions)
         held.add_tensor(self.positions)
         held.add_tensor(self.hidden_rows)
+
+
+def _view_again(chunk: Chunk, positions: np.ndarray | None, hidden: np.ndarray | None) -> ChunkView:
+    # Arrays may come out of a store that cannot be written to, which torch warns about.
+    positions, hidden = (None if rows is None else rows.copy() for rows in (positions, hidden))
+    return ChunkView(chunk, positions=positions, hidden=hidden)
 
 
 def _contains(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:

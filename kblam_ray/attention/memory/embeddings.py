@@ -49,7 +49,7 @@ def as_embeddings(
         name: what the embeddings are, for messages: "key" or "value".
 
     Raises:
-        EmbeddingError: another type, other numbers than floats, or not a matrix.
+        EmbeddingError: another type, other numbers than floats, not a matrix, or no numbers at all (meta, sparse).
     """
     if isinstance(given, np.ndarray):
         tensor = _from_numpy(given, name)
@@ -67,7 +67,12 @@ def as_embeddings(
         raise EmbeddingError(
             f"the {name} embeddings have {tensor.dim()} dimensions", help="give a matrix, one row per fact"
         )
-    return tensor.to(device=device, dtype=dtype).contiguous()
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise EmbeddingError(
+            f"the {name} embeddings are a {'meta' if tensor.is_meta else 'sparse'} tensor", help="give a dense matrix"
+        )
+    with torch.inference_mode(False):
+        return tensor.to(device=device, dtype=dtype).contiguous()
 
 
 def first_bad_row(embeddings_MP: torch.Tensor) -> int | None:

@@ -5,7 +5,8 @@ Shape legend: M facts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,22 +88,14 @@ def some(ids: Sequence[int] | np.ndarray) -> str:
 def as_table(given: Any) -> pa.Table:
     """Facts as a table, from an Arrow table or rows: mappings, or dataclasses like `kblam_ray.Fact`.
 
+    Metadata of a row may be a mapping, of which its JSON text is kept.
+
     Raises:
         InputError: they are neither, or lack entity, property or value.
     """
     import pyarrow as pa
 
-    if isinstance(given, pa.Table):
-        table = given
-    else:
-        try:
-            rows = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row) for row in given]
-            schema = None if rows else pa.schema([(name, pa.string()) for name in COLUMNS])
-            table = pa.Table.from_pylist(rows, schema)
-        except (TypeError, ValueError, pa.ArrowException) as error:
-            raise InputError(
-                f"the facts are not rows of a table: {error}", help="give a pyarrow Table, or a list of dicts"
-            ) from None
+    table = given if isinstance(given, pa.Table) else _table_of_rows(given)
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
         raise InputError(
@@ -113,9 +106,51 @@ def as_table(given: Any) -> pa.Table:
     return table
 
 
+def _table_of_rows(given: Any) -> pa.Table:
+    import pyarrow as pa
+
+    try:
+        rows = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row) for row in given]
+        for row in rows:
+            if isinstance(row.get("metadata"), Mapping):
+                row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False)
+        # All names that any row has: without a schema, Arrow takes those of the first.
+        found = {name for row in rows for name in row} if rows else set(COLUMNS)
+        types = {"fact_id": pa.int64(), **dict.fromkeys(COLUMNS, pa.string())}
+        return pa.Table.from_pylist(rows, pa.schema([(name, kind) for name, kind in types.items() if name in found]))
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise InputError(
+            f"the facts are not rows of a table: {error}", help="give a pyarrow Table, or a list of dicts of texts"
+        ) from None
+
+
 def texts_of(table: pa.Table) -> pa.Table:
-    """The columns that are kept."""
-    return table.select([name for name in COLUMNS if name in table.column_names])
+    """The columns that are kept, as plain texts: others cannot be merged with those of later changes.
+
+    Raises:
+        InputError: something else than text, or no text where there must be one.
+    """
+    import pyarrow as pa
+
+    return pa.table({name: _as_texts(name, table[name]) for name in COLUMNS if name in table.column_names})
+
+
+def _as_texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    import pyarrow as pa
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    readable = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(is_kind(kind) for is_kind in readable):
+        raise InputError(
+            f"the {name} of facts is {kind}, not text",
+            help="give JSON text" if name == "metadata" else "give texts: the encoder read texts",
+        )
+    if name in REQUIRED and column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise InputError(f"a fact has no {name}", where=f"row {row}", help="give entity, property and value of each")
+    is_plain = types.is_string(column.type) or types.is_large_string(column.type)
+    return column if is_plain else column.cast(pa.string())
 
 
 def joined(tables: Iterable[pa.Table]) -> pa.Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +32,9 @@ class HeldBytes:
     def add_table(self, table: pa.Table | None) -> None:
         for column in table.columns if table is not None else ():
             for chunk in column.chunks:
-                for buffer in _buffers(chunk):
-                    self._add("cpu", buffer.address, buffer.size)
+                for buffer in chunk.buffers():
+                    if buffer is not None:
+                        self._add("cpu", buffer.address, buffer.size)
 
     def total(self) -> int:
         """Bytes in the union of all spans."""
@@ -48,9 +48,3 @@ class HeldBytes:
 
     def _add(self, place: str, address: int, size_bytes: int) -> None:
         self._spans[place].append((address, address + size_bytes))
-
-
-def _buffers(array: pa.Array) -> Iterator[pa.Buffer]:
-    yield from (buffer for buffer in array.buffers() if buffer is not None)
-    if hasattr(array, "dictionary"):
-        yield from _buffers(array.dictionary)
