@@ -68,8 +68,8 @@ def parse_selection(selection: str) -> int | None:
     """
     if selection == "all":
         return None
-    number = selection.removeprefix(SIMILAR)
-    if selection.startswith(SIMILAR) and number.isascii() and number.isdigit() and int(number) > 0:
+    number = selection.removeprefix(SIMILAR) if isinstance(selection, str) else ""
+    if number != selection and number.isascii() and number.isdigit() and int(number) > 0:
         return int(number)
     raise InputError(f"there is no selection {selection!r}", where="selection", help='give "all" or "similar:100"')
 
@@ -87,8 +87,20 @@ def check_grounding(grounding: str) -> None:
 
 
 def as_messages(question: str | Sequence[Message]) -> list[Message]:
-    """A question as a conversation of one message; a conversation as it is."""
-    return [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    """A question as a conversation of one message; a conversation as it is.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}]
+    if isinstance(question, Sequence) and not isinstance(question, str):
+        return list(question)
+    raise InputError(
+        f"a question of type {type(question).__name__}",
+        where="question",
+        help="give a text, or a list of messages with role and content",
+    )
 
 
 def ask(
@@ -108,6 +120,10 @@ def ask(
         raise InputError(
             f"max_citations {max_citations}, max_new_tokens {max_new_tokens}",
             help="give at least 0 citations and at least 1 token",
+        )
+    if memory is not None and not isinstance(memory, KnowledgeMemory):
+        raise InputError(
+            f"a memory of type {type(memory).__name__}", where="memory", help="give one that `model.load(kb)` made"
         )
     messages = as_messages(question)
     prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)

@@ -23,8 +23,8 @@ from kblam_ray import storage
 from kblam_ray.attention.adapter.config import CONFIG_FILE
 from kblam_ray.attention.adapter.loading import CARD_FILE, TENSORS_FILE, check_tensors, read_adapter
 from kblam_ray.errors import InputError
+from kblam_ray.model.base_model import first_line, read_base_config
 from kblam_ray.model.matching import require_encoder
-from kblam_ray.model.planner import read_base_config
 from kblam_ray.table.knowledge_base import KnowledgeBase
 
 BUNDLE_FILE = "knowledge_model.json"
@@ -200,7 +200,7 @@ def _downloaded(name: str) -> Path:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise InputError(
-            f"the base model cannot be downloaded: {str(error).splitlines()[0]}",
+            f"the base model cannot be downloaded: {first_line(error)}",
             where=name,
             help="check the name and the network, or bundle with --no-copy-base",
         ) from None

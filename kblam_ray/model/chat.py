@@ -178,9 +178,11 @@ class ChatTemplate:
 
     def _encode_on(self, text: str) -> list[int]:
         """Ids of text that stands after other text: without the blank that some tokenizers put before a first word."""
-        newline = self._encode("\n")
-        joined = self._encode("\n" + text)
-        return joined[len(newline) :] if newline and joined[: len(newline)] == newline else self._encode(text)
+        for before in "\na":  # a tokenizer may merge the one or the other with the text
+            start, joined = self._encode(before), self._encode(before + text)
+            if start and joined[: len(start)] == start:
+                return joined[len(start) :]
+        return self._encode(text)
 
     def _encode_data(self, text: str) -> list[int]:
         # Broken into halves until no part of it is a control token. Tokenizers have a switch for this, but it is
@@ -203,6 +205,12 @@ class _Escaped:
 
     def __init__(self, chat: ChatTemplate, messages: Sequence[Message], answer: str = "") -> None:
         for position, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise InputError(
+                    f"a message of type {type(message).__name__}",
+                    where=f"message {position}",
+                    help='give {"role": "user", "content": text}',
+                )
             role, content = message.get("role"), message.get("content")
             if role not in ROLES or not isinstance(content, str):
                 raise InputError(

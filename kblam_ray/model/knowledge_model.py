@@ -5,13 +5,15 @@ Shape legend: B batch, T prompt tokens, A answer tokens, M facts, L KB layers.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.attach import Attachment, attach
@@ -23,10 +25,10 @@ from kblam_ray.encoders.load import load_encoder
 from kblam_ray.encoders.settings import EncoderSettings
 from kblam_ray.errors import AdapterMismatchError, InputError
 from kblam_ray.model import asking
+from kblam_ray.model.base_model import load_base_model, read_base_config, usable_device
 from kblam_ray.model.bundle import Bundle, is_bundle
 from kblam_ray.model.chat import ChatTemplate, Message
 from kblam_ray.model.matching import require_encoder
-from kblam_ray.model.planner import read_base_config
 from kblam_ray.model.prior import QuestionPrior
 from kblam_ray.table.knowledge_base import KnowledgeBase
 
@@ -73,6 +75,7 @@ class KnowledgeModel(nn.Module):
         self.bundle: Bundle | None = None
         self._encoder = encoder
         self._prior: QuestionPrior | None = None
+        self._making_prior = threading.Lock()
         self._chat: tuple[str | None, ChatTemplate] | None = None
 
     @classmethod
@@ -95,7 +98,7 @@ class KnowledgeModel(nn.Module):
             encoder: see `KnowledgeModel`.
 
         Raises:
-            InputError: there is no such base model; or no adapter, and the folder is no bundle.
+            InputError: there is no such base model or device; no adapter, and the folder is no bundle.
             AdapterError, AdapterMismatchError, UnsupportedModelError: see `KnowledgeModel`.
         """
         bundle = None
@@ -108,24 +111,30 @@ class KnowledgeModel(nn.Module):
                 )
             bundle = Bundle.read(base_model)
             base_model, adapter = bundle.base_model, bundle.adapter
-        device = _device(device)
+        elif is_bundle(base_model):
+            raise InputError(
+                "an adapter, and a bundled folder that has its own",
+                where=str(base_model),
+                help="give the folder alone, or its base model with the adapter",
+            )
+        device = usable_device(device)
         if not isinstance(adapter, KnowledgeAdapter):
             adapter = KnowledgeAdapter.from_pretrained(adapter, device=device)
         adapter.config.check_base(read_base_config(base_model))
         if isinstance(encoder, Encoder):
             require_encoder(adapter.config, encoder.spec, where="encoder")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(base_model))
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(base_model), dtype=dtype or "auto")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the base model cannot be loaded: {str(error).splitlines()[0]}",
-                where=str(base_model),
-                help="check that the folder or the hub's copy has weights and a tokenizer",
-            ) from None
-        model = cls(nn.Module.to(loaded.eval(), device), adapter, tokenizer, encoder)
+        loaded, tokenizer = load_base_model(base_model, device, dtype)
+        model = cls(loaded, adapter, tokenizer, encoder)
         model.bundle = bundle
         return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of base model and adapter, attached to each other; the encoder, which never changes, is shared."""
+        for shared in (self._encoder, self._prior, self._making_prior):
+            memo[id(shared)] = shared
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     @property
     def attachment(self) -> Attachment:
@@ -172,24 +181,29 @@ class KnowledgeModel(nn.Module):
             EncoderMismatchError, EncoderNotFoundError, EncoderError: the adapter's encoder cannot be had.
         """
         config = self.adapter.config
-        if not isinstance(self._encoder, Encoder):
-            named = self._encoder
-            if named is None and config.encoder is not None:
-                named = EncoderSettings(name=config.encoder.name, expected_revision=config.encoder.revision)
-            if named is None:
-                raise InputError(
-                    "the adapter does not say which encoder reads questions",
-                    where="encoder",
-                    help="give encoder= when making the KnowledgeModel",
-                )
-            encoder = load_encoder(named)
-            require_encoder(self.adapter.config, encoder.spec, where="encoder")
-            self._encoder = encoder
         settings = config.question_prior, config.prior_context, config.prior_lexical
-        prior = self._prior
-        if prior is None or (prior.beta, prior.context, prior.gamma) != settings:
-            prior = self._prior = QuestionPrior.of(config, self._encoder)
+        with self._making_prior:  # an encoder is loaded once, whoever asks first
+            prior = self._prior
+            if prior is None or (prior.beta, prior.context, prior.gamma) != settings:
+                prior = self._prior = QuestionPrior.of(config, self._loaded_encoder())
         return prior
+
+    def _loaded_encoder(self) -> Encoder:
+        if isinstance(self._encoder, Encoder):
+            return self._encoder
+        named, config = self._encoder, self.adapter.config
+        if named is None and config.encoder is not None:
+            named = EncoderSettings(name=config.encoder.name, expected_revision=config.encoder.revision)
+        if named is None:
+            raise InputError(
+                "the adapter does not say which encoder reads questions",
+                where="encoder",
+                help="give encoder= when making the KnowledgeModel",
+            )
+        encoder = load_encoder(named)
+        require_encoder(config, encoder.spec, where="encoder")
+        self._encoder = encoder
+        return encoder
 
     def forward(
         self,
@@ -221,7 +235,7 @@ class KnowledgeModel(nn.Module):
         with self.attachment.using(knowledge):
             return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
 
-    def load(self, kb: KnowledgeBase | str, version: int | None = None, form: str = "latent") -> KnowledgeMemory:
+    def load(self, kb: KnowledgeBase | str | Path, version: int | None = None, form: str = "latent") -> KnowledgeMemory:
         """The facts of a knowledge base, ready to attend to.
 
         Beside a bfloat16 model embeddings become bfloat16; beside others they stay the table's float16, uncopied.
@@ -235,8 +249,8 @@ class KnowledgeModel(nn.Module):
             EncoderMismatchError: the table was made with another encoder than the adapter.
             TableNotFoundError, TableError, StorageError: the table or version cannot be read.
         """
-        if isinstance(kb, str):
-            kb = KnowledgeBase.open(kb, version)
+        if isinstance(kb, (str, Path)):
+            kb = KnowledgeBase.open(str(kb), version)
         require_encoder(self.adapter.config, kb.encoder, where=kb.uri)
         snapshot = kb.snapshot(version)
         return KnowledgeMemory.from_embeddings(
@@ -263,7 +277,7 @@ class KnowledgeModel(nn.Module):
             )
         return self.load(self.bundle.kb.uri, self.bundle.kb.version if version is None else version, form)
 
-    def refresh(self, memory: KnowledgeMemory, kb: KnowledgeBase | str) -> KnowledgeMemory:
+    def refresh(self, memory: KnowledgeMemory, kb: KnowledgeBase | str | Path) -> KnowledgeMemory:
         """The memory of the newest version, made of this one at the cost of what changed; this one stays valid.
 
         Args:
@@ -280,9 +294,9 @@ class KnowledgeModel(nn.Module):
                 "the memory has no KB version", help="refresh memories made by `model.load`; load the others again"
             )
         memory.check_adapter(self.adapter)
-        if isinstance(kb, str) or not kb.pinned:
+        if isinstance(kb, (str, Path)) or not kb.pinned:
             # A handle of its own: the caller's stays where it is.
-            kb = KnowledgeBase.open(kb if isinstance(kb, str) else kb.uri)
+            kb = KnowledgeBase.open(str(kb) if isinstance(kb, (str, Path)) else kb.uri)
         require_encoder(self.adapter.config, kb.encoder, where=kb.uri)
         if kb.version is None or kb.version == memory.version:
             return memory
@@ -351,16 +365,6 @@ class KnowledgeModel(nn.Module):
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(str(error).splitlines()[0], where="device", help="give cpu, or cuda:0") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device", where=str(device), help="give cpu, or leave the device out")
-    return found
 
 
 def load_bundle(

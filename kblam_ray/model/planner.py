@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
@@ -20,6 +20,7 @@ from kblam_ray.attention.memory import choose_form
 from kblam_ray.encoders.base import EncoderSpec
 from kblam_ray.encoders.load import encoder_spec
 from kblam_ray.errors import InputError, UnsupportedModelError
+from kblam_ray.model.base_model import read_base_config
 
 ID_BYTES = 8
 SCALE_BYTES = 4
@@ -115,24 +116,6 @@ def plan(
         table_embedding_bytes=num_facts * 2 * adapter.dim * TABLE_NUMBER_BYTES,
         total_bytes=base_bytes + adapter_bytes + knowledge_bytes,
     )
-
-
-def read_base_config(base_model: str | Path | PretrainedConfig) -> PretrainedConfig:
-    """The transformers configuration of a base model, by name or folder; one that is given is returned.
-
-    Raises:
-        InputError: there is none.
-    """
-    if isinstance(base_model, PretrainedConfig):
-        return base_model
-    try:
-        return AutoConfig.from_pretrained(str(base_model))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"there is no base model to be had by that name: {str(error).splitlines()[0]}",
-            where=str(base_model),
-            help="give the folder of a transformers model or its name on the hub; a private one needs HF_TOKEN",
-        ) from None
 
 
 def base_model_size(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int]:

@@ -29,6 +29,8 @@ Conversation = Sequence[Mapping[str, str]] | str
 BLOCK_ROWS = {"cpu": 4_096, "cuda": 262_144}
 """Facts whose keys are float32 at a time: few enough for a CPU's cache, enough to keep a GPU busy."""
 
+_LOCKS: weakref.WeakKeyDictionary[Encoder, threading.Lock] = weakref.WeakKeyDictionary()
+
 
 class QuestionPrior:
     """`beta * cos(enc(question), e_m) + gamma * [the question names fact m's entity]`, for one adapter's encoder.
@@ -50,7 +52,8 @@ class QuestionPrior:
         if context not in ("last", "last_two"):
             raise InputError(f"there is no prior context {context!r}", help='give "last" or "last_two"')
         self.encoder, self.beta, self.context, self.gamma = encoder, beta, context, gamma
-        self._encoding = threading.Lock()
+        # Priors with other settings may have the same encoder, and an encoder serves one thread at a time.
+        self._encoding = _LOCKS.setdefault(encoder, threading.Lock())
         self._indices: weakref.WeakKeyDictionary[Chunk, EntityIndex] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -77,7 +80,7 @@ class QuestionPrior:
         Raises:
             EncoderError: the encoder failed, or gave nothing that has a direction.
         """
-        with self._encoding:  # an encoder serves one thread at a time
+        with self._encoding:
             embedding_P = np.asarray(self.encoder.encode([question])[0], np.float32)
         norm = float(np.linalg.norm(embedding_P))
         if not np.isfinite(norm) or norm == 0:

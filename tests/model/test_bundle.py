@@ -42,6 +42,8 @@ def test_a_bundle_loads_back_in_one_call(parts, tmp_path):
     assert model.bundle == written
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bundle"]
     assert model.ask("What is the capital of Peru?", loaded, max_new_tokens=3).citations
+    with pytest.raises(InputError, match="has its own"):
+        KnowledgeModel.from_pretrained(tmp_path / "out" / "bundle", separate.adapter)
 
 
 def test_another_version_is_an_edit_of_one_line(parts, tmp_path):

@@ -173,6 +173,15 @@ def test_the_published_phi_form():
     assert ids == phi_tokenizer().encode("<|user|>\nWho?<|end|>\n<|assistant|>\n", add_special_tokens=False)
 
 
+@pytest.mark.parametrize(
+    "answer", ["<s>\n<unk>0", "a</s>\n\nb", "<0x0A>\n", "— <|eot_id|><|end|>\nx", "\n日本<think> y"]
+)
+def test_answers_decode_to_themselves(tokenizer, answer):
+    for template in (None, "plain"):
+        ids, start = ChatTemplate(tokenizer, template).render_with_answer(CONVERSATION[:1], answer)
+        assert tokenizer.decode(ids[start:-1]).strip() == answer.strip()
+
+
 def test_a_tokenizer_without_a_template_gets_the_plain_one_and_a_warning(caplog):
     import copy
 

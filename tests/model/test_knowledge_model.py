@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from model_samples import ENCODER, FACTS, llama_tokenizer, make_kb, save_base, tiny_adapter, tiny_llama
@@ -18,7 +23,7 @@ from kblam_ray.errors import (
     InputError,
     TableNotFoundError,
 )
-from kblam_ray.model import KnowledgeModel
+from kblam_ray.model import KnowledgeModel, knowledge_model
 from kblam_ray.model.asking import cite, parse_selection, refusal_statistic
 from kblam_ray.table import KnowledgeBase
 
@@ -117,7 +122,8 @@ def test_versions_and_refresh(model, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(IDS, knowledge=refreshed).logits, model(IDS, knowledge=fresh).logits)
         assert not torch.equal(model(IDS, knowledge=first).logits, model(IDS, knowledge=fresh).logits)
-    assert model.refresh(refreshed, kb.uri) is refreshed
+    assert model.refresh(refreshed, kb.uri) is model.refresh(refreshed, Path(kb.uri)) is refreshed
+    assert model.load(Path(kb.uri)).version == kb.version
     assert model.load(kb.uri, version=0).num_facts == model.load(kb, version=0).num_facts == len(FACTS)
     with pytest.raises(TableNotFoundError):
         model.load(kb.uri, version=99)
@@ -261,6 +267,32 @@ def test_a_question_encoder_that_cannot_be_had_is_an_error(kb_uri):
         KnowledgeModel(base, adapter, llama_tokenizer()).ask(QUESTION, memory)
 
 
+def test_the_encoder_is_loaded_once_whoever_asks_first(model, kb_uri, monkeypatch):
+    loads = []
+    load = knowledge_model.load_encoder
+    monkeypatch.setattr(knowledge_model, "load_encoder", lambda named: loads.append(named) or load(named))
+    memory = model.load(kb_uri)
+    with ThreadPoolExecutor(4) as threads:
+        priors = list(threads.map(lambda _: model.prior, range(8)))
+        answers = list(threads.map(lambda _: model.ask(QUESTION, memory, "off", "similar:2", 5, 3), range(4)))
+    assert len(loads) == len(set(map(id, priors))) == len(set(answers)) == 1
+    model.adapter.configure(question_prior=2.0)
+    assert model.prior.beta == 2.0
+    assert model.prior._encoding is priors[0]._encoding  # one encoder serves one thread at a time, whichever prior asks
+    assert len(loads) == 1
+
+
+def test_a_copy_attends_by_itself_and_shares_the_encoder(model, kb_uri):
+    memory = model.load(kb_uri)
+    expected = model.ask(QUESTION, memory, selection="similar:2", max_new_tokens=3)
+    copied = copy.deepcopy(model)
+    assert copied.prior is model.prior
+    with pytest.raises(AdapterMismatchError):
+        copied.ask(QUESTION, memory, max_new_tokens=1)
+    model.detach()
+    assert copied.ask(QUESTION, copied.load(kb_uri), selection="similar:2", max_new_tokens=3) == expected
+
+
 def test_wrong_encoders(tmp_path):
     base = tiny_llama()
     adapter = tiny_adapter(base)
@@ -284,7 +316,13 @@ def test_what_ask_refuses(model, kb_uri):
         {"selection": "similar:-3"},
         {"max_citations": -1},
         {"max_new_tokens": 0},
+        {"selection": None},
         {"question": []},
+        {"question": None},
+        {"question": [QUESTION]},
+        {"question": {"role": "user", "content": QUESTION}},
+        {"memory": kb_uri},
+        {"memory": [memory]},
     ):
         with pytest.raises(InputError):
             model.ask(**{"question": QUESTION, "memory": memory, **wrong})
@@ -351,8 +389,26 @@ def test_what_does_not_fit_is_refused_before_the_weights(tmp_path):
         KnowledgeModel.from_pretrained(base, str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="not a bundled folder"):
         KnowledgeModel.from_pretrained(base)
-    for device in ("cuda", "nowhere"):
-        if device == "cuda" and torch.cuda.is_available():
+    for device in ("cuda", "cuda:99", "mps", "nowhere"):
+        if getattr(torch, device, torch.cuda).is_available() and device in ("cuda", "mps"):
             continue
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="no such device"):
             KnowledgeModel.from_pretrained(base, str(tmp_path / "fits"), device=device)
+    with pytest.raises(InputError, match="no dtype 'float33'"):
+        KnowledgeModel.from_pretrained(base, str(tmp_path / "fits"), dtype="float33")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no safetensors", "not the configuration's", "tokenizer"])
+def test_a_damaged_base_model_is_named(damage, tmp_path):
+    base = tmp_path / "base"
+    save_base(base)
+    weights, config = base / "model.safetensors", base / "config.json"
+    if damage == "not the configuration's":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 50}))
+    elif damage == "tokenizer":
+        (base / "tokenizer.json").write_text("{}")
+    else:
+        kept = {"cut short": weights.read_bytes()[:1000], "empty": b"", "no safetensors": bytes(500)}
+        weights.write_bytes(kept[damage])
+    with pytest.raises(InputError, match=r"cannot be loaded.*base\)"):
+        KnowledgeModel.from_pretrained(base, tiny_adapter(tiny_llama()))
