@@ -10,11 +10,11 @@ token, or one number per fact.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from kblam_ray.attention.attach import Attachment
 from kblam_ray.attention.batch import Attended, AttendedGroup, Knowledge
@@ -144,9 +144,11 @@ def _run(
     recorder: _TopN | _Sum,
     attention_mask: torch.Tensor | None,
 ) -> None:
-    model: nn.Module = attachment.base_model
+    model = attachment.base_model
+    # Logits are not looked at: of a long prompt and a large vocabulary they would be most of the memory.
+    least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with attachment.using(knowledge, recorder):
-        model(input_ids.to(next(model.parameters()).device), attention_mask=attention_mask, use_cache=False)
+        model(input_ids.to(model.device), attention_mask=attention_mask, use_cache=False, **least)
 
 
 def _layers(attachment: Attachment, layers: Sequence[int] | None) -> tuple[int, ...]:

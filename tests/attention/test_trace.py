@@ -266,6 +266,15 @@ def test_other_wrong_input(model, adapter, attachment):
         mean_shares(attachment, ids[:1], stranger, 2)
 
 
+def test_no_more_logits_than_needed_are_made(model, adapter, attachment):
+    memory, made = random_facts(5, dtype=DOUBLE).memory(adapter), []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: made.append(output.shape[1]))
+    trace(attachment, random_ids(2, 7), memory, 2)
+    mean_shares(attachment, random_ids(1, 7), memory, 2)
+    hook.remove()
+    assert made == [1, 1]
+
+
 class _Largest(TorchDispatchMode):
     """The most numbers that any operation made; views of what there was are not made."""
 
