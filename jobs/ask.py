@@ -23,8 +23,10 @@ class AskSettings(JobConfig):
     base_model: str | None = Field(None, description="base model: a folder or a name on the hub")
     adapter: str | None = Field(None, description="knowledge adapter: a folder or a name on the hub")
     kb: str | None = Field(None, description="the table: a local path or s3://bucket/prefix")
-    kb_version: int | None = Field(None, ge=0, description="version of the table: the newest unless given")
-    bundle: str | None = Field(None, description="a folder of jobs/bundle_model.py, instead of the three")
+    kb_version: int | None = Field(None, ge=0, description="version of the table: the bundle's, else the newest")
+    bundle: str | None = Field(
+        None, description="a folder of jobs/bundle_model.py, instead of base model and adapter; it names a table, too"
+    )
     grounding: Literal["off", "cite", "verbatim"] = Field("cite", description="whether to name the facts used")
     selection: str = Field("all", description="all facts, or similar:K for those nearest to the question")
     max_citations: int = Field(5, ge=0, description="most facts to name")
@@ -48,19 +50,22 @@ def ask(settings: AskSettings) -> dict[str, Any]:
         ) from None
     if settings.plan:
         return _planned(settings)
+    from kblam_ray import KnowledgeBase
     from kblam_ray.model import KnowledgeModel
     from kblam_ray.model.asking import check_grounding, parse_selection
 
     check_grounding(settings.grounding)
     parse_selection(settings.selection)
+    # Before the base model, which may take minutes to load.
+    kb = KnowledgeBase.open(settings.kb, settings.kb_version) if settings.kb else None
     model = KnowledgeModel.from_pretrained(
         settings.bundle or settings.base_model or "",
         settings.adapter,
         device=settings.device,
         dtype=settings.dtype,
     )
-    if settings.kb:
-        memory = model.load(settings.kb, settings.kb_version, settings.form)
+    if kb is not None:
+        memory = model.load(kb, form=settings.form)
     else:
         memory = model.knowledge(settings.kb_version, settings.form)
     answer = model.ask(
@@ -78,6 +83,7 @@ def _planned(settings: AskSettings) -> dict[str, Any]:
     from kblam_ray import KnowledgeBase
     from kblam_ray.attention.adapter.loading import read_adapter
     from kblam_ray.model import Bundle, plan
+    from kblam_ray.model.matching import require_encoder
 
     base_model, adapter, kb, version = settings.base_model, settings.adapter, settings.kb, settings.kb_version
     if settings.bundle:
@@ -86,7 +92,11 @@ def _planned(settings: AskSettings) -> dict[str, Any]:
         if kb is None and bundle.kb is not None:
             kb, version = bundle.kb.uri, bundle.kb.version if version is None else version
     config, tensors, _ = read_adapter(adapter or "")
-    num_facts = KnowledgeBase.open(kb, version).num_facts if kb else 0
+    num_facts = 0
+    if kb:
+        table = KnowledgeBase.open(kb, version)
+        require_encoder(config, table.encoder, where=table.uri)
+        num_facts = table.num_facts
     dtype = next(iter(tensors.values())).dtype
     planned = plan(
         base_model or "",

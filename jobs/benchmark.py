@@ -35,13 +35,13 @@ def run(name: str) -> NoReturn:
     try:
         part = import_module(module)
     except ModuleNotFoundError as error:
-        missing = error.name
+        missing, extra = error.name, "model" if name == "attention" else "local"
         if missing is None or missing.partition(".")[0] == "kblam_ray":
             raise
 
         def refuse_without(_: NoBenchmark) -> dict[str, Any]:
             raise MissingDependencyError(
-                f"{missing} is not installed", where=f"benchmark {name}", help="pip install 'kblam-ray[local]'"
+                f"{missing} is not installed", where=f"benchmark {name}", help=f"pip install 'kblam-ray[{extra}]'"
             )
 
         del sys.argv[1:]

@@ -7,8 +7,9 @@ from model_samples import FACTS, make_kb, save_base, tiny_adapter, tiny_llama
 from running import run_job
 
 from jobs import ask
-from kblam_ray.errors import InputError
+from kblam_ray.errors import EncoderMismatchError, InputError
 from kblam_ray.model import KnowledgeModel, write_bundle
+from kblam_ray.table import KnowledgeBase
 
 QUESTION = "What is the capital of Peru?"
 
@@ -57,12 +58,16 @@ def test_a_bundle_an_older_version_and_a_selection(parts, tmp_path):
     assert [(fact["entity"], fact["property"]) for fact in summary["citations"]] == [("Peru", "capital")]
 
 
-def test_a_plan_loads_nothing(parts):
+def test_a_plan_loads_nothing(parts, tmp_path):
     settings = {flag.strip("-").replace("-", "_"): value for flag, value in parts.items()}
     summary = ask.ask(ask.AskSettings(**settings, plan=True, form="materialized", dtype="bfloat16"))
     assert summary["plan"]["num_facts"] == len(FACTS) - 1
     assert summary["plan"]["base_parameters"] == sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert "text" not in summary
+    other = KnowledgeBase.create(str(tmp_path / "kb"), "hashing:32")
+    other.upsert([{"entity": "Peru", "property": "capital", "value": "Lima"}])
+    with pytest.raises(EncoderMismatchError):
+        ask.ask(ask.AskSettings(**{**settings, "kb": other.uri}, plan=True))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,7 @@ def test_a_plan_loads_nothing(parts):
         ([], {"bundle": "somewhere"}, "a bundle and"),
         ([], {"kb_version": 7}, "version"),
         ([], {"adapter": "/nothing/there"}, "no such folder"),
+        ([], {"base_model": "/nothing/there", "kb": "/nothing/kb"}, "there is no table"),  # before anything large
     ],
 )
 def test_wrong_input_is_named(parts, left_out, others, error):

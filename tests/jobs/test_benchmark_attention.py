@@ -161,3 +161,4 @@ def test_without_torch_the_summary_says_so():
     code, summary, _ = run("--shape", "tiny", absent=("torch",))
     assert (code, summary["error"]["code"]) == (2, "missing_dependency")
     assert "torch is not installed" in summary["error"]["message"]
+    assert "kblam-ray[model]" in summary["error"]["message"]
