@@ -10,6 +10,8 @@ with its own arguments: the output is the base model's to the bit.
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel
 
 from kblam_ray.attention.adapter import BaseShape, KnowledgeAdapter
 from kblam_ray.attention.batch import ForwardPass, Knowledge, Recorder, Segment, segments_of_rows
-from kblam_ray.attention.decoder import attention_modules, refuse_unsupported
+from kblam_ray.attention.decoder import attention_modules, mixes_tokens_later, parent_of, refuse_unsupported
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.site import Site
 from kblam_ray.errors import AdapterMismatchError, InputError, UnsupportedModelError
@@ -65,13 +67,16 @@ class Attachment:
     def packed(self, batches: PackedBatches) -> Iterator[None]:
         """Ask `batches` what the sequences of a packed batch attend to, in every thread."""
         host = self._attached_host()
-        host.engines.append(batches)
-        self._num_engines += 1
+        with _LOCK:
+            # Never changed in place: other threads are reading it.
+            host.engines = (*host.engines, batches)
+            self._num_engines += 1
         try:
             yield
         finally:
-            self._num_engines -= 1
-            host.engines.remove(batches)
+            with _LOCK:
+                self._num_engines -= 1
+                host.engines = tuple(engine for engine in host.engines if engine is not batches)
 
     def detach(self) -> None:
         """Take the adapter off; after the last one the base model is as it was. Detaching twice does nothing.
@@ -79,13 +84,14 @@ class Attachment:
         Raises:
             InputError: an engine answers requests with it.
         """
-        if self._num_engines:
-            raise InputError(
-                "an engine answers requests with the adapter", where="detach", help="stop the engine first"
-            )
-        if self._host is not None:
-            self._host.remove(self.adapter)
-            self._host = None
+        with _LOCK:
+            if self._num_engines:
+                raise InputError(
+                    "an engine answers requests with the adapter", where="detach", help="stop the engine first"
+                )
+            if self._host is not None:
+                self._host.remove(self.adapter)
+                self._host = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copy of the adapter, attached to a copy of the base model."""
@@ -116,12 +122,13 @@ def attach(base_model: PreTrainedModel, adapter: KnowledgeAdapter) -> Attachment
         UnsupportedModelError: the attention has something that cannot be merged with, or no interface to attach to.
     """
     adapter.config.check_base(base_model.config)
-    host = _HOSTS.get(base_model)
-    if host is None:
-        host = _Host(base_model)
-    host.add(adapter)
-    _HOSTS[base_model] = host
-    return Attachment(host, adapter)
+    with _LOCK:
+        host = _HOSTS.get(base_model)
+        if host is None:
+            host = _Host(base_model)
+        host.add(adapter)
+        _HOSTS[base_model] = host
+        return Attachment(host, adapter)
 
 
 @dataclass(frozen=True)
@@ -140,11 +147,11 @@ class _Host:
     def __init__(self, base_model: PreTrainedModel) -> None:
         self._model = weakref.ref(base_model)
         self._modules = attention_modules(base_model)
-        refuse_unsupported(base_model, self._modules)
+        self._last = _last_layer(base_model, self._modules)
         self._adapters: dict[KnowledgeAdapter, int] = {}
         self._sites: dict[int, Site] = {}
         self._hooks: list[Any] = []
-        self.engines: list[PackedBatches] = []
+        self.engines: tuple[PackedBatches, ...] = ()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -161,6 +168,7 @@ class _Host:
                     where=type(self.model).__name__,
                     help=f"choose KB layers among {sorted(self._modules)}",
                 )
+        refuse_unsupported(self.model, [self._modules[layer] for layer in adapter.config.layers])
         if not self._hooks:
             self._hooks = [
                 self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -169,7 +177,8 @@ class _Host:
         self._adapters[adapter] = self._adapters.get(adapter, 0) + 1
         for layer in adapter.config.layers:
             if layer not in self._sites:
-                self._sites[layer] = Site(self._modules[layer], layer)
+                module = self._modules[layer]
+                self._sites[layer] = Site(module, parent_of(self.model, module), layer)
 
     def remove(self, adapter: KnowledgeAdapter) -> None:
         self._adapters[adapter] -= 1
@@ -191,7 +200,8 @@ class _Host:
         copied._model = weakref.ref(copy.deepcopy(self.model, memo))
         copied._modules, copied._sites = copy.deepcopy(self._modules, memo), copy.deepcopy(self._sites, memo)
         copied._hooks = copy.deepcopy(self._hooks, memo)
-        copied._adapters, copied.engines = {}, []
+        copied._last = self._last
+        copied._adapters, copied.engines = {}, ()
         _HOSTS[copied.model] = copied
         return copied
 
@@ -227,26 +237,27 @@ class _Host:
         The first step of `generate` wants the logits of one token: at the others, the last layer need not look at the
         facts. The layers below must, since later tokens attend to what they make.
         """
-        keep = kwargs.get("logits_to_keep", 0)
+        keep = kwargs.get("logits_to_keep")
+        batch, length = _input_shape(args, kwargs)
+        if keep is None or self._last is None or length == 1 or torch.is_grad_enabled():
+            return None
         everything = ("output_hidden_states", "output_attentions", "output_router_logits", "labels")
         asked = (kwargs[name] if kwargs.get(name) is not None else self._setting(name) for name in everything)
-        if torch.is_grad_enabled() or any(value is not None and value is not False for value in asked):
+        if any(value is not None and value is not False for value in asked):
             return None
-        last = BaseShape.of(self.model.config).num_layers - 1
-        batch, length = _input_shape(args, kwargs)
-        if isinstance(keep, int):
-            if not 0 < keep < length:
-                return None
-            keep = torch.arange(length - keep, length, device=self.model.device)
-        rows_B1 = torch.arange(batch, device=keep.device)[:, None] * length
-        return last, torch.unique(rows_B1 + keep.long() % length)
+        numbers_BT = torch.arange(batch * length, device=self.model.device).view(batch, length)
+        kept = _kept(numbers_BT, keep).unique()
+        return None if len(kept) == batch * length else (self._last, kept)
 
     def _setting(self, name: str) -> Any:
         return getattr(self.model.config, name, None)
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         forward = kwargs.get("knowledge")
-        if isinstance(forward, ForwardPass) and (missed := forward.layers - forward.served):
+        if not isinstance(forward, ForwardPass):
+            return
+        forward.is_over = True
+        if missed := forward.layers - forward.served:
             raise UnsupportedModelError(
                 f"the knowledge did not reach the attention of layers {sorted(missed)}",
                 where=type(model).__name__,
@@ -263,6 +274,28 @@ class _Host:
 
 
 _HOSTS: weakref.WeakKeyDictionary[PreTrainedModel, _Host] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+"""Held while adapters are attached and detached; running the model takes no lock."""
+
+
+def _last_layer(base_model: PreTrainedModel, modules: dict[int, Any]) -> int | None:
+    """The last decoder layer, if its attention is the last place where one token sees another; else None."""
+    if "logits_to_keep" not in inspect.signature(base_model.forward).parameters:
+        return None
+    last = BaseShape.of(base_model.config).num_layers - 1
+    if last not in modules or mixes_tokens_later(parent_of(base_model, modules[last]), modules[last]):
+        return None
+    return last
+
+
+def _kept(numbers_BT: torch.Tensor, keep: Any) -> torch.Tensor:
+    """The tokens that `logits_to_keep` names, in each of the ways in which the library reads it."""
+    if isinstance(keep, int):
+        return numbers_BT[:, slice(-keep, None)]
+    if isinstance(keep, torch.Tensor) and keep.dim() == 2:
+        keep = keep.to(numbers_BT.device)
+        return numbers_BT[keep] if keep.dtype == torch.bool else numbers_BT.take_along_dim(keep, 1)
+    return numbers_BT[:, keep]
 
 
 def _input_shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:

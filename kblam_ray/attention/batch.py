@@ -112,6 +112,7 @@ class ForwardPass:
     Attributes:
         groups: the tokens by what they attend to; tokens without facts are in none.
         served: KB layers whose attention had its knowledge.
+        is_over: the base model has run; gradient checkpointing may yet repeat its layers.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class ForwardPass:
         self.groups = [_group(members, self.num_tokens, device) for members in _by_facts(segments).values()]
         self.recorder = recorder
         self.served: set[int] = set()
+        self.is_over = False
         self._last_tokens = last_tokens
         self._records = any(is_differentiable(group.adapter) for group in self.groups)
         # Here and not when a layer first asks: gradient checkpointing repeats layers, not what came before them.
@@ -146,6 +148,7 @@ class ForwardPass:
 
         Differentiable in the adapter's weights and the hidden states when autograd is on.
         """
+        self._check_call(layer, hidden_TX)
         self.served.add(layer)
         if self._records and not torch.is_grad_enabled():
             # That kind runs each layer without autograd first, then with it, one backward pass per layer: what the
@@ -169,6 +172,19 @@ class ForwardPass:
             part = self._attend_group(group, layer, queries[group.adapter].take(group.tokens))
             attended = part if attended is None else attended.beside(part)
         return attended
+
+    def _check_call(self, layer: int, hidden_TX: torch.Tensor) -> None:
+        if layer in self.served and not self.is_over:
+            wrong = "its attention runs several times in one pass"
+        elif len(hidden_TX) != self.num_tokens:
+            wrong = f"its attention has {len(hidden_TX)} tokens of the {self.num_tokens} given"
+        else:
+            return
+        raise UnsupportedModelError(
+            wrong,
+            where=f"layer {layer}",
+            help="choose a base model whose layers each run once, over all tokens",
+        )
 
     def _attend_group(self, group: Group, layer: int, query: LayerQuery) -> Attended:
         adapter, memory = group.adapter, group.memory
@@ -241,7 +257,8 @@ class Attended:
         text_TNH = text_BTNH.flatten(0, 1).to(exact_dtype(text_BTNH.dtype))
         out_TNH = torch.lerp(text_TNH, spread.out_TNH.to(text_TNH.dtype), weight_TN[..., None])
         out_TNH = torch.where(spread.lse_TN[..., None] == NO_FACTS, text_TNH, out_TNH)
-        return out_TNH.to(text_BTNH.dtype).view(text_BTNH.shape), weight_TN
+        # Contiguous, as the library's own functions give it: some families take a view of it.
+        return out_TNH.to(text_BTNH.dtype).view(text_BTNH.shape).contiguous(), weight_TN
 
 
 def _by_facts(segments: list[Segment]) -> dict[tuple, list[Segment]]:

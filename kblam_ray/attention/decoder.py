@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,17 +22,13 @@ def attention_modules(base_model: PreTrainedModel) -> dict[int, Any]:
     """The decoder's self-attention modules that use the library's attention interface, by layer.
 
     Raises:
-        UnsupportedModelError: it has none, or encodes and decodes.
+        UnsupportedModelError: it has none, has several of one layer, or encodes and decodes.
     """
     name = type(base_model).__name__
     if getattr(base_model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError("not a decoder-only model", where=name, help="attach to a decoder, such as Llama")
-    decoder: nn.Module = base_model.get_decoder() if hasattr(base_model, "get_decoder") else base_model
-    found: dict[int, Any] = {
-        module.layer_idx: module  # type: ignore[misc]
-        for module in decoder.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and _uses_attention_interface(module)
-    }
+    # A few families call their output projection the decoder, and give that.
+    found = _by_layer(base_model.get_decoder()) or _by_layer(base_model.base_model)
     if not found:
         raise UnsupportedModelError(
             "no layer calls the attention interface of transformers",
@@ -39,6 +36,45 @@ def attention_modules(base_model: PreTrainedModel) -> dict[int, Any]:
             help="use a decoder whose modelling file looks its attention up in ALL_ATTENTION_FUNCTIONS",
         )
     return found
+
+
+def _by_layer(decoder: nn.Module) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    for name, module in decoder.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if type(layer) is not int or _is_cross_attention(name) or not _uses_attention_interface(module):
+            continue
+        if layer in found:
+            raise UnsupportedModelError(
+                f"layer {layer} has several attentions",
+                where=type(decoder).__name__,
+                help="choose a base model that is one stack of layers, each with one attention over the text",
+            )
+        found[layer] = module
+    return found
+
+
+def _is_cross_attention(name: str) -> bool:
+    own_name = name.rpartition(".")[2]
+    return "cross" in own_name or own_name == "encoder_attn"
+
+
+def parent_of(base_model: nn.Module, attention: nn.Module) -> nn.Module:
+    """The decoder layer that an attention module stands in."""
+    return next(module for module in base_model.modules() if any(child is attention for child in module.children()))
+
+
+_WORKS_ON_TOKENS_ALONE = re.compile(
+    "Linear|Norm|Dropout|Identity|Router|Experts|Activation|GELU|SiLU|ReLU|Sigmoid|Embedding|Conv1D$"
+)
+"""Names of modules that give each token what they give it alone (`Conv1D` is how GPT-2 calls its projections)."""
+
+
+def mixes_tokens_later(layer: nn.Module, attention: nn.Module) -> bool:
+    """Whether a decoder layer may mix tokens outside of its attention, as convolutions and recurrences do."""
+    others = set(layer.modules()) - set(attention.modules())
+    leaves = (module for module in others if next(module.children(), None) is None)
+    return not all(_WORKS_ON_TOKENS_ALONE.search(type(module).__name__) for module in leaves)
 
 
 def _uses_attention_interface(module: nn.Module) -> bool:
@@ -55,21 +91,30 @@ def _no_eager_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[to
     raise unsupported_implementation("eager", type(module).__name__)
 
 
-def refuse_unsupported(base_model: PreTrainedModel, modules: dict[int, Any]) -> None:
-    """Raises UnsupportedModelError where the attention has something that cannot be merged with."""
+def refuse_unsupported(base_model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+    """Raises UnsupportedModelError where one of these attentions has something that cannot be merged with."""
     name = type(base_model).__name__
     implementation = base_model.config._attn_implementation
     if implementation not in SUPPORTED:
         raise unsupported_implementation(implementation, name)
     config = base_model.config.get_text_config(decoder=True)
-    head_dim = BaseShape.of(base_model.config).head_dim
-    for module in modules.values():
-        widths = {getattr(module, width, head_dim) for width in ("head_dim", "qk_head_dim", "v_head_dim")}
-        if widths != {head_dim}:
+    shape = BaseShape.of(base_model.config)
+    for module in modules:
+        widths = {getattr(module, width, None) or shape.head_dim for width in ("head_dim", "qk_head_dim", "v_head_dim")}
+        if widths != {shape.head_dim}:
             raise UnsupportedModelError(
-                f"heads of several widths: {sorted({*widths, head_dim})}",
+                f"heads of several widths: {sorted({*widths, shape.head_dim})}",
                 where=name,
-                help="choose a base model whose keys, queries and values have one head dimension",
+                help="choose a base model, or KB layers, whose keys, queries and values have one head dimension",
+            )
+        num_heads = getattr(module, "num_heads", shape.num_heads)
+        hidden_size = getattr(getattr(module, "q_proj", None), "in_features", shape.hidden_size)
+        if (num_heads, hidden_size) != (shape.num_heads, shape.hidden_size):
+            raise UnsupportedModelError(
+                f"an attention of {num_heads} heads over hidden states of {hidden_size} numbers, where the model has"
+                f" {shape.num_heads} and {shape.hidden_size}",
+                where=name,
+                help="choose a base model, or KB layers, whose attentions have one shape",
             )
         if getattr(module, "sinks", None) is not None:
             raise UnsupportedModelError("attention sinks", where=name, help="choose a base model without them")

@@ -6,7 +6,9 @@ Shape legend: B batch, T query tokens, S text tokens attended to, N query heads,
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,23 +24,31 @@ from kblam_ray.errors import InputError
 ATTENTION_NAME = "kblam_ray"
 """Under which `knowledge_attention` is registered with transformers."""
 
+_REACHED_LAYER: ContextVar[weakref.ref[ForwardPass] | None] = ContextVar("kblam_ray_reached_layer", default=None)
+"""The forward pass that the decoder layer at work in this thread was called with."""
+
 
 class Site:
     """A KB layer's attention module while it is attached to."""
 
-    def __init__(self, module: Any, layer: int) -> None:
+    def __init__(self, module: Any, decoder_layer: nn.Module, layer: int) -> None:
         self._module, self.layer = module, layer
         self._config = module.config
         # A copy, because the model's own config must go on saying which masks and caches it needs.
         marked = copy.copy(module.config)
         marked._attn_implementation_internal = ATTENTION_NAME
-        module.config = marked
         module.knowledge_site = self
-        self._hook = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+        self._hooks = [
+            decoder_layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
+            module.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+        ]
+        # Last, and first to go: another thread may be running the model.
+        module.config = marked
 
     def remove(self) -> None:
-        self._hook.remove()
         self._module.config = self._config
+        for hook in self._hooks:
+            hook.remove()
         del self._module.knowledge_site
 
     @property
@@ -50,8 +60,14 @@ class Site:
         """The library's attention function for this module."""
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_function(self._module))
 
+    def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Here as well as at the attention: layers of a few families keep their keyword arguments to themselves.
+        forward = kwargs.get("knowledge")
+        _REACHED_LAYER.set(weakref.ref(forward) if isinstance(forward, ForwardPass) else None)
+
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        forward = kwargs.pop("knowledge", None)
+        reached = _REACHED_LAYER.get()
+        forward = kwargs.pop("knowledge", None if reached is None else reached())
         if forward is not None and not isinstance(forward, ForwardPass):
             raise InputError(
                 "knowledge was given to a part of the base model",
@@ -64,7 +80,7 @@ class Site:
 
 
 def knowledge_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -78,7 +94,10 @@ def knowledge_attention(
     Returns:
         Output [B, T, N, H], and the text's attention weights where the library gives them.
     """
-    site: Any = module.knowledge_site
+    site: Site | None = getattr(module, "knowledge_site", None)
+    if site is None:  # taken off by another thread a moment ago: `module` has its own config again
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_function(module))
+        return own(module, query, key, value, attention_mask, **kwargs)
     call = kwargs.pop("knowledge_call", None)
     function = site.text_function()
     if call is None:

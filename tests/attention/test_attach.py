@@ -14,7 +14,7 @@ from tiny import FORMS, KINDS, plain_logits, random_facts, random_ids, tiny_adap
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from kblam_ray.attention import attach
 from kblam_ray.errors import AdapterMismatchError, InputError, UnsupportedModelError
@@ -284,25 +284,20 @@ def test_another_attention_implementation_after_attaching(kind):
         attach(model, adapter)
 
 
-class _Dropping(LlamaDecoderLayer):
+class _Dropping(LlamaModel):
     """As older modelling files are written: what is not named does not go down."""
 
-    def forward(self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None, **_):
-        return super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            position_embeddings=position_embeddings,
-        )
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **_):
+        return super().forward(input_ids, attention_mask, position_ids)
 
 
-def test_a_model_whose_layers_drop_keyword_arguments_is_loud():
+def test_a_model_that_drops_keyword_arguments_is_loud():
     model, ids = tiny_llama(), random_ids(1, 5)
-    model.model.layers[2].__class__ = _Dropping
+    model.model.__class__ = _Dropping
     adapter = tiny_adapter(model, "paper")
     attachment = attach(model, adapter)
     plain = model(ids).logits
-    with pytest.raises(UnsupportedModelError, match=r"did not reach the attention of layers \[2\]"):
+    with pytest.raises(UnsupportedModelError, match=r"did not reach the attention of layers \[0, 2\]"):
         model(ids, knowledge=random_facts(5).memory(adapter))
     assert torch.equal(model(ids).logits, plain)
     attachment.detach()
