@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,6 +305,46 @@ def test_an_unknown_layout_is_refused_where_it_matters():
     assert KnowledgeAdapter.for_model(model, kind="shared", dim=10).config.layers == (0, 3)
 
 
+class ClaimsFloats(torch.Tensor):
+    """Quantised numbers that call themselves float32, as some libraries' do; they know few operations."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.detach:
+            return cls(args[0].numbers)
+        return NotImplemented
+
+
+def test_a_quantised_weight_that_claims_to_be_floats_is_refused():
+    model = quantised_model()
+    for layer in model.model.layers:
+        numbers = layer.self_attn.q_proj.weight
+        layer.self_attn.q_proj.forward = partial(Quantised.forward, SimpleNamespace(weight=numbers.float(), scale=1e-3))
+        layer.self_attn.q_proj.weight = nn.Parameter(ClaimsFloats(numbers), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"quantised.*layer 0"):
+        KnowledgeAdapter.for_model(model, kind="paper", dim=10)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("gemma2", {}, "capped at 50"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
+        ("gptj", {}, "no layer calls the attention interface"),
+    ],
+)
+def test_a_base_model_that_cannot_be_attached_to_gets_no_adapter(family, settings, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        KnowledgeAdapter.for_model(base_model(family, **settings), dim=10)
+
+
 def test_a_query_projection_that_computes_more_than_queries_is_refused():
     model = base_model()
     for layer in model.model.layers:
@@ -340,6 +382,10 @@ def test_a_base_model_that_computes_nothing_finite_is_refused():
         ({"learning_rate": 1}, "learning_rate"),
         ({"text_log_sum_exp_LN": torch.zeros(4, 2)}, "text_log_sum_exp_LN must be 2 x 4"),
         ({"text_log_sum_exp_LN": torch.full((2, 4), float("nan"))}, "finite"),
+        ({"sample_ids_BT": torch.tensor([1, 2])}, "rows of token ids below 64"),
+        ({"sample_ids_BT": torch.tensor([[1, 64]])}, "rows of token ids below 64"),
+        ({"sample_ids_BT": torch.zeros(1, 0, dtype=torch.int64)}, "rows of token ids"),
+        ({"sample_ids_BT": torch.tensor([[1.0]])}, "rows of token ids"),
         ({"sample_keys_MP": torch.zeros(5, 11)}, "sample_keys_MP must be any x 10"),
         ({"sample_keys_MP": torch.zeros(0, 10)}, "sample_keys_MP"),
     ],

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
-from kblam_ray.errors import UnsupportedModelError
+from kblam_ray.errors import AdapterError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,9 @@ def probe(
         attention_mask_BT: 1 for tokens, 0 for padding; None: no padding.
 
     Raises:
-        UnsupportedModelError: it has no weights, lacks a layer, or what it computes is not finite.
+        AdapterError: there are no tokens, or other things than the base model's.
+        UnsupportedModelError: it has no weights, lacks a layer, its attention is of a kind that knowledge cannot be
+            merged with, or what it computes is not finite.
     """
     modules = _attention_modules(base_model, layers)
     device = device_of(base_model)
@@ -65,6 +67,7 @@ def probe(
         raise UnsupportedModelError(
             "the base model's weights are not loaded", where=type(base_model).__name__, help="load it with its weights"
         )
+    _check_tokens(input_ids_BT, _vocabulary(base_model))
     is_real_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
     watches = {layer: _Watch(is_real_BT.bool()) for layer in layers}
     training = [module for module in base_model.modules() if module.training]
@@ -93,8 +96,22 @@ def probe(
 
 def random_tokens(base_model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:
     """Some token ids of a base model's vocabulary, [1, T], for want of text."""
+    return torch.randint(_vocabulary(base_model), (1, NUM_SAMPLE_TOKENS), generator=generator)
+
+
+def _vocabulary(base_model: PreTrainedModel) -> int:
     embeddings: Any = base_model.get_input_embeddings()
-    return torch.randint(embeddings.weight.shape[0], (1, NUM_SAMPLE_TOKENS), generator=generator)
+    return embeddings.weight.shape[0]
+
+
+def _check_tokens(ids_BT: torch.Tensor, vocabulary: int) -> None:
+    is_batch = isinstance(ids_BT, torch.Tensor) and ids_BT.dim() == 2 and ids_BT.numel() > 0
+    if not is_batch or ids_BT.dtype not in (torch.int64, torch.int32) or ids_BT.min() < 0 or ids_BT.max() >= vocabulary:
+        raise AdapterError(
+            f"the sample must be a tensor of rows of token ids below {vocabulary}",
+            where="sample_ids_BT",
+            help="give the input_ids of one tokenised text, or of several of one length",
+        )
 
 
 class _Watch:
@@ -188,10 +205,13 @@ def _own_query_projection(module: nn.Module, layer: int, shape: BaseShape) -> to
     # PEFT keeps the layer that it adapts in `base_layer`.
     projection = getattr(projection, "base_layer", projection)
     weight = getattr(projection, "weight", None)
+    # Some libraries quantise into a subclass of tensors that claims to hold floats.
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)
     if isinstance(weight, torch.Tensor) and type(projection).__name__ == "Conv1D":
         weight = weight.T
     if (
-        not isinstance(weight, torch.Tensor)
+        not is_plain
+        or not isinstance(weight, torch.Tensor)
         or weight.shape[1:] != (shape.hidden_size,)
         or not weight.is_floating_point()
         or weight.element_size() < 2
@@ -215,7 +235,7 @@ def _attention_modules(base_model: PreTrainedModel, layers: tuple[int, ...]) -> 
     # Here, not above: attach.py imports the adapter, which imports this module.
     from transformers import AttentionInterface
 
-    from kblam_ray.attention.decoder import attention_modules
+    from kblam_ray.attention.decoder import attention_modules, refuse_unsupported
 
     AttentionInterface.register(_WATCHED_ATTENTION, _watched_attention)
     found = attention_modules(base_model)
@@ -226,6 +246,7 @@ def _attention_modules(base_model: PreTrainedModel, layers: tuple[int, ...]) -> 
             where=type(base_model).__name__,
             help=f"choose KB layers among {sorted(found)}",
         )
+    refuse_unsupported(base_model, [found[layer] for layer in layers])
     return {layer: found[layer] for layer in layers}
 
 
