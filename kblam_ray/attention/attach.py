@@ -249,6 +249,10 @@ class _Host:
         kept = _kept(numbers_BT, keep).unique()
         return None if len(kept) == batch * length else (self._last, kept)
 
+    def _num_layers_now(self) -> int:
+        # Assisted decoding by early exit runs the first layers only, for guesses that all the layers then judge.
+        return self.model.config.get_text_config(decoder=True).num_hidden_layers
+
     def _setting(self, name: str) -> Any:
         return getattr(self.model.config, name, None)
 
@@ -257,7 +261,8 @@ class _Host:
         if not isinstance(forward, ForwardPass):
             return
         forward.is_over = True
-        if missed := forward.layers - forward.served:
+        missed = {layer for layer in forward.layers - forward.served if layer < self._num_layers_now()}
+        if missed:
             raise UnsupportedModelError(
                 f"the knowledge did not reach the attention of layers {sorted(missed)}",
                 where=type(model).__name__,

@@ -85,7 +85,8 @@ def _attention_with_log_sum_exp(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query.dtype), scale=scale
         )
-        return out, lse
+        # Of a query that sees no token, the operator says that its log-sum-exp is 0.
+        return out, lse if attn_mask is None else lse.masked_fill(_hides_all(attn_mask), HIDDEN)
     out = attention(query, key, value, enable_gqa=enable_gqa, **options)
     return out, text_log_sum_exp(query, key, attn_mask, is_causal=is_causal, scale=scale)
 
@@ -140,6 +141,11 @@ def _log_sum_exp_block(
         rows = torch.arange(first, first + tokens, device=scores_BNTS.device)[:, None]
         scores_BNTS = torch.where(torch.arange(length, device=rows.device) <= rows, scores_BNTS, HIDDEN)
     return torch.logsumexp(scores_BNTS.clamp_min(HIDDEN), -1)
+
+
+def _hides_all(mask: torch.Tensor) -> torch.Tensor:
+    """The queries that see nothing: [..., T] of a mask [..., T, S]."""
+    return mask.any(-1).logical_not() if mask.dtype == torch.bool else (mask == float("-inf")).all(-1)
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -161,3 +161,13 @@ def test_a_layer_that_sees_other_tokens_than_were_given_is_refused():
     memory = FACTS.memory(adapter)
     with torch.no_grad(), attached(model, adapter), pytest.raises(UnsupportedModelError, match="9 tokens of the 27"):
         model(PROMPTS, knowledge=memory, use_cache=False)
+
+
+def test_guesses_made_by_the_first_layers_are_judged_by_all():
+    model = Family("llama", hf.LlamaConfig).model()
+    adapter = random_adapter(model.config, "paper", (0, 2))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with attached(model, adapter) as attachment, attachment.using(FACTS.memory(adapter)):
+        expected = model.generate(PROMPTS[:1], **options)
+        assert torch.equal(model.generate(PROMPTS[:1], assistant_early_exit=1, **options), expected)
+        assert torch.equal(model.generate(PROMPTS[:1], prompt_lookup_num_tokens=2, **options), expected)
