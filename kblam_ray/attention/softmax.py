@@ -11,7 +11,9 @@ log-sum-exp -inf, set explicitly: computed, it would be 0 * NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,8 +25,11 @@ NO_FACTS = float("-inf")
 ROWS_PER_BLOCK = 1_024
 """Query rows worked on at a time."""
 
-SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**26}
-"""Scores held at a time: what stays close to the cores on a CPU (measured), and a quarter of a gigabyte elsewhere."""
+SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
+"""Scores held at a time, in the queries' dtype: large enough for the matrix products (measured on a CPU)."""
+
+LOGITS_PER_BLOCK = {"cpu": 2**18, "cuda": 2**26}
+"""Logits that are float32 at a time: on a CPU what its cores' caches hold through all steps of a softmax (measured)."""
 
 
 class Facts(Protocol):
@@ -54,15 +59,19 @@ def attend(query_ATD: torch.Tensor, bias_AT: torch.Tensor | None, facts: Facts) 
     num_rows_A, num_tokens = query_ATD.shape[:2]
     tokens_per_block, facts_per_block = num_tokens, facts.num_rows
     if not torch.is_grad_enabled():
-        tokens_per_block = max(1, min(num_tokens, ROWS_PER_BLOCK // num_rows_A))
+        num_blocks = math.ceil(num_tokens * num_rows_A / ROWS_PER_BLOCK)
+        tokens_per_block = math.ceil(num_tokens / max(1, num_blocks))
         facts_per_block = _facts_per_block(query_ATD, num_rows_A * tokens_per_block)
     merged: list[tuple[torch.Tensor, torch.Tensor]] = []
     # Facts outermost: a form that projects its keys on the fly does so once per block.
     for rows in _slices(facts.num_rows, facts_per_block):
         keys, values = facts.block(rows)
         for place, tokens in enumerate(_slices(num_tokens, tokens_per_block)):
-            scores_Atm = _scores(query_ATD, bias_AT, keys, facts, rows, tokens)
-            part = _mix(scores_Atm, values, may_be_empty=facts.log_weights(rows, tokens) is not None)
+            # Contiguous: of strided queries torch multiplies each head by itself, several times slower.
+            scores_Atm = torch.matmul(query_ATD[:, tokens].contiguous(), keys.transpose(-1, -2))
+            terms = _Terms.of(bias_AT, facts, rows, tokens)
+            weights_Atm, lse_At = (_softmax if torch.is_grad_enabled() else _softmax_in_place)(scores_Atm, terms)
+            part = torch.matmul(weights_Atm.to(values.dtype), values).to(lse_At.dtype), lse_At
             if rows.start:
                 merged[place] = merge(*merged[place], *part)
             else:
@@ -83,8 +92,9 @@ def shares(
     facts_per_block = _facts_per_block(query_ATD, max(num_rows_A * num_tokens, ROWS_PER_BLOCK))
     for rows in _slices(facts.num_rows, facts_per_block):
         keys, _ = facts.block(rows)
-        scores_ATm = _scores(query_ATD, bias_AT, keys, facts, rows, slice(0, num_tokens))
-        yield rows, torch.exp(scores_ATm - lse_AT[..., None])
+        scores_ATm = torch.matmul(query_ATD, keys.transpose(-1, -2))
+        logits_ATm = _Terms.of(bias_AT, facts, rows, slice(0, num_tokens)).logits(scores_ATm)
+        yield rows, torch.exp(logits_ATm - lse_AT[..., None])
 
 
 def merge(
@@ -114,38 +124,66 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _scores(
-    query_ATD: torch.Tensor, bias_AT: torch.Tensor | None, keys: torch.Tensor, facts: Facts, rows: slice, tokens: slice
-) -> torch.Tensor:
-    """Logits of a block [A, t, m] in float32, or float64 for float64 queries."""
-    may_overwrite = not torch.is_grad_enabled()
-    scores_Atm = torch.matmul(query_ATD[:, tokens], keys.transpose(-1, -2)).to(exact_dtype(query_ATD.dtype))
-    if bias_AT is not None:
-        bias_At1 = bias_AT[:, tokens, None].to(scores_Atm.dtype)
-        scores_Atm = scores_Atm.add_(bias_At1) if may_overwrite else scores_Atm + bias_At1
-    scale_M = facts.scale_M()
-    if scale_M is not None:
-        scale_m = scale_M[rows].to(scores_Atm.dtype)
-        scores_Atm = scores_Atm.mul_(scale_m) if may_overwrite else scores_Atm * scale_m
-    log_weights = facts.log_weights(rows, tokens)
-    if log_weights is not None:
-        scores_Atm = scores_Atm.add_(log_weights) if may_overwrite else scores_Atm + log_weights
-    return scores_Atm
+@dataclass(frozen=True)
+class _Terms:
+    """What makes logits of the scores of a block: `(score + bias) * scale + log weight`."""
+
+    bias_At1: torch.Tensor | None
+    scale_m: torch.Tensor | None
+    log_weights: torch.Tensor | None
+
+    @classmethod
+    def of(cls, bias_AT: torch.Tensor | None, facts: Facts, rows: slice, tokens: slice) -> _Terms:
+        scale_M = facts.scale_M()
+        return cls(
+            None if bias_AT is None else bias_AT[:, tokens, None],
+            None if scale_M is None else scale_M[rows],
+            facts.log_weights(rows, tokens),
+        )
+
+    def of_heads(self, heads: slice) -> _Terms:
+        return _Terms(None if self.bias_At1 is None else self.bias_At1[heads], self.scale_m, self.log_weights)
+
+    def logits(self, scores_Atm: torch.Tensor) -> torch.Tensor:
+        """In float32, or float64 for float64 scores; the scores themselves may be overwritten without autograd."""
+        logits_Atm = scores_Atm.to(exact_dtype(scores_Atm.dtype))
+        overwrite = not torch.is_grad_enabled()
+        if self.bias_At1 is not None:
+            bias_At1 = self.bias_At1.to(logits_Atm.dtype)
+            logits_Atm = logits_Atm.add_(bias_At1) if overwrite else logits_Atm + bias_At1
+        if self.scale_m is not None:
+            scale_m = self.scale_m.to(logits_Atm.dtype)
+            logits_Atm = logits_Atm.mul_(scale_m) if overwrite else logits_Atm * scale_m
+        if self.log_weights is not None:
+            logits_Atm = logits_Atm.add_(self.log_weights) if overwrite else logits_Atm + self.log_weights
+        return logits_Atm
 
 
-def _mix(scores_Atm: torch.Tensor, values: torch.Tensor, *, may_be_empty: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of a softmax that a block of facts makes: output [A, t, V] and log-sum-exp [A, t]."""
-    largest_At1 = scores_Atm.detach().amax(-1, keepdim=True)
+def _softmax(scores_Atm: torch.Tensor, terms: _Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [A, t, m] of the facts of a block and the log-sum-exp [A, t] of their logits."""
+    logits_Atm = terms.logits(scores_Atm)
+    largest_At1 = logits_Atm.detach().amax(-1, keepdim=True)
+    may_be_empty = terms.log_weights is not None
     if may_be_empty:
         empty_At1 = largest_At1 == NO_FACTS
-        scores_Atm = scores_Atm.masked_fill(empty_At1, 0.0)
-    weights_Atm = torch.softmax(scores_Atm, -1)
+        logits_Atm = logits_Atm.masked_fill(empty_At1, 0.0)
+    weights_Atm = torch.softmax(logits_Atm, -1)
     if torch.is_grad_enabled():
-        lse_At = torch.logsumexp(scores_Atm, -1)
+        lse_At = torch.logsumexp(logits_Atm, -1)
     else:
-        # The largest weight is exp(largest score - lse), at least 1/m: cheaper than exponentials a second time.
+        # The largest weight is exp(largest logit - lse), at least 1/m: cheaper than exponentials a second time.
         lse_At = (largest_At1 - weights_Atm.amax(-1, keepdim=True).log()).squeeze(-1)
     if may_be_empty:
         weights_Atm = weights_Atm.masked_fill(empty_At1, 0.0)
         lse_At = lse_At.masked_fill(empty_At1.squeeze(-1), NO_FACTS)
-    return torch.matmul(weights_Atm.to(values.dtype), values).to(scores_Atm.dtype), lse_At
+    return weights_Atm, lse_At
+
+
+def _softmax_in_place(scores_Atm: torch.Tensor, terms: _Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_softmax` in the memory of the scores and in their dtype, some heads at a time."""
+    lse_At = scores_Atm.new_empty(scores_Atm.shape[:2], dtype=exact_dtype(scores_Atm.dtype))
+    budget = LOGITS_PER_BLOCK.get(scores_Atm.device.type, LOGITS_PER_BLOCK["cuda"])
+    for heads in _slices(len(scores_Atm), max(1, budget // scores_Atm[0].numel())):
+        weights_atm, lse_At[heads] = _softmax(scores_Atm[heads], terms.of_heads(heads))
+        scores_Atm[heads] = weights_atm
+    return scores_Atm, lse_At
