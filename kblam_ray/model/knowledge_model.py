@@ -83,9 +83,9 @@ class KnowledgeModel(nn.Module):
         cls,
         base_model: str | Path,
         adapter: str | Path | KnowledgeAdapter | None = None,
-        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        *,
         encoder: Encoder | EncoderSettings | str | None = None,
     ) -> Self:
         """Load a base model and an adapter, or one bundled folder. Whether they fit is checked before the weights.
@@ -226,14 +226,14 @@ class KnowledgeModel(nn.Module):
         with self.attachment.using(knowledge):
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def generate(self, input_ids: torch.Tensor, *, knowledge: Knowledge = None, **kwargs: Any) -> Any:
-        """What transformers' `generate` gives, attending to `knowledge` as `forward` does."""
+    def generate(self, *args: Any, knowledge: Knowledge = None, **kwargs: Any) -> Any:
+        """What transformers' `generate` gives for its arguments, attending to `knowledge` as `forward` does."""
         if knowledge is None:
-            return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
         # A compiled forward pass would not see the knowledge.
         kwargs.setdefault("disable_compile", True)
         with self.attachment.using(knowledge):
-            return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def load(self, kb: KnowledgeBase | str | Path, version: int | None = None, form: str = "latent") -> KnowledgeMemory:
         """The facts of a knowledge base, ready to attend to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from kblam_ray.model.asking import cite, parse_selection, refusal_statistic
 from kblam_ray.table import KnowledgeBase
 
 QUESTION = "What is the capital of Peru?"
+ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[0, 5, 7, 9, 20, 31]])
 
 
@@ -65,6 +67,8 @@ def test_generation_follows_the_knowledge(model, kb_uri):
         for _ in range(8):
             greedy = torch.cat([greedy, model(greedy, knowledge=memory).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(ids, greedy)
+    named = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(ids, model.generate(**named, max_new_tokens=8, do_sample=False, knowledge=memory))
     assert not torch.equal(ids, model.generate(IDS, max_new_tokens=8, do_sample=False))
 
 
@@ -367,7 +371,7 @@ def test_from_folders(model, kb_uri, tmp_path):
     assert loaded.dtype == torch.float32
     expected = model.ask(QUESTION, model.load(kb_uri), max_new_tokens=4)
     assert loaded.ask(QUESTION, loaded.load(kb_uri), max_new_tokens=4).text == expected.text
-    half = KnowledgeModel.from_pretrained(base, KnowledgeAdapter.from_pretrained(adapter), dtype=torch.bfloat16)
+    half = KnowledgeModel.from_pretrained(base, KnowledgeAdapter.from_pretrained(adapter), "cpu", torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.ask(QUESTION, half.load(kb_uri), max_new_tokens=4).citations
 
@@ -412,3 +416,17 @@ def test_a_damaged_base_model_is_named(damage, tmp_path):
         weights.write_bytes(kept[damage])
     with pytest.raises(InputError, match=r"cannot be loaded.*base\)"):
         KnowledgeModel.from_pretrained(base, tiny_adapter(tiny_llama()))
+
+
+def test_the_readme_runs_as_printed(kb_uri, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if "KnowledgeModel" in block]
+    save_base(tmp_path / "models" / "llama")
+    tiny_adapter(tiny_llama()).save_pretrained(tmp_path / "adapters" / "world")
+    (tmp_path / "kb").mkdir()
+    (tmp_path / "kb" / "world").symlink_to(kb_uri)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
+    assert names["answer"].citations
+    assert names["logits"].shape[0] == 3
