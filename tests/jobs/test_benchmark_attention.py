@@ -1,4 +1,4 @@
-"""jobs/benchmark.py attention as a process, where neither Ray nor Delta is installed: its summary and its files."""
+"""jobs/benchmark.py attention: its summary and its files; as a process, where neither Ray nor Delta is installed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kblam_ray.attention.benchmark import AttentionBenchmark, benchmark_attention
+from kblam_ray.attention.benchmark.settings import auto_rule
+from kblam_ray.errors import InputError
+from kblam_ray.job import parse
 
 ROOT = Path(__file__).parents[2]
 ABSENT = ("ray", "deltalake", "boto3", "sentence_transformers", "onnxruntime", "sklearn", "openai", "psutil")
@@ -86,14 +91,16 @@ def test_every_case_is_measured_and_written(tmp_path):
     ]
 
 
-def test_cases_beyond_the_memory_allowed_are_skipped_and_said(tmp_path):
-    code, summary, stderr = run(
-        *TINY, *SIZES, "--kind", "paper", "--max-memory-gb", "0.00005", "--output", str(tmp_path)
-    )
-    assert (code, summary["ok"]) == (0, True), stderr
+def measured(*arguments: str) -> dict[str, Any]:
+    """The summary of a run in this process."""
+    return benchmark_attention(parse("benchmark", AttentionBenchmark, list(arguments)))
+
+
+def test_cases_beyond_the_memory_allowed_are_skipped_and_said(tmp_path, capsys):
+    summary = measured(*TINY, *SIZES, "--kind", "paper", "--max-memory-gb", "0.00005", "--output", str(tmp_path))
     assert [(row["form"], row["num_facts"]) for row in summary["skipped"]] == [("materialized", 40), ("published", 40)]
     assert all("memory" in row["reason"] for row in summary["skipped"])
-    assert "skipped: paper published, 40 facts" in stderr
+    assert "skipped: paper published, 40 facts" in capsys.readouterr().err
     assert [(row["form"], row["num_facts"]) for row in summary["cases"]] == [
         ("latent", 3),
         ("materialized", 3),
@@ -105,8 +112,7 @@ def test_cases_beyond_the_memory_allowed_are_skipped_and_said(tmp_path):
 
 def test_only_what_is_asked_for_is_measured():
     asked = ["--kind", "shared", "--form", "latent", "--num-facts", "3", "--apply-changes", "0"]
-    code, summary, stderr = run(*TINY, *asked)
-    assert code == 0, stderr
+    summary = measured(*TINY, *asked)
     assert [(row["kind"], row["form"]) for row in summary["cases"]] == [("shared", "latent")]
     assert "apply" not in summary
     assert "refresh" not in summary
@@ -114,8 +120,7 @@ def test_only_what_is_asked_for_is_measured():
 
 
 def test_a_plan_measures_nothing_and_needs_no_such_device():
-    code, summary, stderr = run("--shape", "llama-8b", "--device", "cuda", "--max-memory-gb", "100", "--plan")
-    assert (code, summary["ok"]) == (0, True), stderr
+    summary = measured("--shape", "llama-8b", "--device", "cuda", "--max-memory-gb", "100", "--plan")
     assert summary["parameters"] == 8_030_261_248
     assert "cases" not in summary
     held = {(row["kind"], row["form"], row["num_facts"]): row["held_mb"] for row in summary["planned"]}
@@ -128,33 +133,27 @@ def test_a_plan_measures_nothing_and_needs_no_such_device():
     }
 
 
-def test_help_says_what_auto_chooses():
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmark.py", "attention", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    text = " ".join(done.stdout.split())
-    assert done.returncode == 0
-    from kblam_ray.attention.benchmark.settings import auto_rule
-
+def test_help_says_what_auto_chooses(capsys):
+    with pytest.raises(SystemExit):
+        parse("benchmark", AttentionBenchmark, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
     for kind, rule in auto_rule().items():
         assert f"kind {kind}: {rule}" in text
     assert "choose_form" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--form", "auto"], "bad_input", "--form"),
-        (["--num-facts", "none"], "bad_input", "--num-facts"),
-        (["--rounds", "0"], "bad_input", "--rounds"),
-        (["--num-facts", "0"], "bad_input", "--num-facts"),
-        (["--nonsense"], "bad_input", "--nonsense"),
-    ],
+    "arguments", [["--form", "auto"], ["--num-facts", "none"], ["--rounds", "0"], ["--num-facts", "0"], ["--nonsense"]]
 )
-def test_wrong_settings_are_refused(arguments, code, words):
-    exit_code, summary, _ = run(*arguments)
-    assert (exit_code, summary["ok"], summary["error"]["code"]) == (2, False, code)
-    assert words in summary["error"]["message"]
+def test_wrong_settings_are_refused(arguments):
+    with pytest.raises(InputError, match=arguments[0]):
+        parse("benchmark", AttentionBenchmark, arguments)
+
+
+def test_wrong_settings_are_the_summary():
+    code, summary, _ = run("--rounds", "0")
+    assert (code, summary["ok"], summary["error"]["code"]) == (2, False, "bad_input")
+    assert "--rounds" in summary["error"]["message"]
 
 
 def test_without_torch_the_summary_says_so():

@@ -105,6 +105,7 @@ def _write_csv(path: Path, cases: list[dict[str, Any]]) -> None:
 def plot(path: Path, summary: dict[str, Any]) -> None:
     """Prefill, decode and memory against the number of facts, both axes logarithmic, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     settings = summary["settings"]
     figure = Figure(figsize=(15, 4.8), layout="constrained")
@@ -132,6 +133,8 @@ def plot(path: Path, summary: dict[str, Any]) -> None:
         axes.set_xlabel("facts")
         axes.set_title(label)
         axes.yaxis.set_major_formatter("{x:g}")
+        # Labels at 2, 3 and 5 between the powers of ten do not run into each other.
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.yaxis.set_minor_formatter("{x:g}" if column != "nbytes" else "")
         axes.grid(alpha=0.3)
     if ways:
