@@ -42,11 +42,18 @@ def segments_of_rows(knowledge: Knowledge, batch_size: int, num_tokens: int) -> 
     row by row, as `generate` repeats prompts.
 
     Raises:
-        InputError: the number of memories does not fit the batch.
+        InputError: other things than memories, or their number does not fit the batch.
     """
     if knowledge is None or isinstance(knowledge, KnowledgeMemory):
         return [Segment(knowledge, 0, batch_size * num_tokens)]
-    rows = list(knowledge)
+    rows = list(knowledge) if isinstance(knowledge, Sequence) and not isinstance(knowledge, str) else [knowledge]
+    strangers = [type(row).__name__ for row in rows if not isinstance(row, KnowledgeMemory | None)]
+    if strangers:
+        raise InputError(
+            f"{strangers[0]} is no knowledge memory",
+            where="knowledge",
+            help="give memories: `KnowledgeModel.load` makes one of a knowledge base",
+        )
     if not rows or batch_size % len(rows):
         raise InputError(
             f"{len(rows)} knowledge memories for a batch of {batch_size} rows",

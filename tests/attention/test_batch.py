@@ -329,3 +329,6 @@ def test_segments_of_rows(stage):
     for rows in ([], [first, second, first], [first] * 5):
         with pytest.raises(InputError, match=f"{len(rows)} knowledge memories for a batch of 4 rows"):
             segments_of_rows(rows, 4, 1)
+    for stranger in ("kb/world", 3, [first, "kb/world"], {"a": first}):
+        with pytest.raises(InputError, match="is no knowledge memory"):
+            segments_of_rows(stranger, 2, 1)
