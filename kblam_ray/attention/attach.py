@@ -205,6 +205,7 @@ class _Host:
         _HOSTS[copied.model] = copied
         return copied
 
+    @torch.compiler.disable
     def _before_model(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
@@ -256,6 +257,7 @@ class _Host:
     def _setting(self, name: str) -> Any:
         return getattr(self.model.config, name, None)
 
+    @torch.compiler.disable
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         forward = kwargs.get("knowledge")
         if not isinstance(forward, ForwardPass):

@@ -60,11 +60,13 @@ class Site:
         """The library's attention function for this module."""
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_function(self._module))
 
+    @torch.compiler.disable
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Here as well as at the attention: layers of a few families keep their keyword arguments to themselves.
         forward = kwargs.get("knowledge")
         _REACHED_LAYER.set(weakref.ref(forward) if isinstance(forward, ForwardPass) else None)
 
+    @torch.compiler.disable
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         reached = _REACHED_LAYER.get()
         forward = kwargs.pop("knowledge", None if reached is None else reached())
@@ -79,6 +81,7 @@ class Site:
         return args, kwargs
 
 
+@torch.compiler.disable
 def knowledge_attention(
     module: Any,
     query: torch.Tensor,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -200,6 +202,43 @@ def replace_chunks(memory):
         view.chunk = copy.copy(view.chunk)
         view.chunk._derived = {}
     return replace(memory, views=views)
+
+
+def test_threads_that_attach_and_detach_while_others_ask():
+    model, ids = tiny_llama(), random_ids(1, 5)
+    before, plain = state_of(model), model(ids).logits
+    adapters = [
+        tiny_adapter(model, kind, kb_layer_frequency=None, kb_layers=[0, 2 - n]) for n, kind in enumerate(KINDS)
+    ]
+    memories = [random_facts(5).memory(adapter) for adapter in adapters]
+    expected = []
+    for adapter, memory in zip(adapters, memories, strict=True):
+        attachment = attach(model, adapter)
+        expected.append(model(ids, knowledge=memory).logits)
+        attachment.detach()
+    failures: list[str] = []
+
+    def work(number: int) -> None:
+        for _ in range(30):
+            attachment = attach(model, adapters[number % 2])
+            with torch.no_grad(), attachment.using(memories[number % 2]):
+                if not torch.equal(model(ids).logits, expected[number % 2]):
+                    failures.append("with knowledge")
+            attachment.detach()
+            with torch.no_grad():
+                if not torch.equal(model(ids).logits, plain):
+                    failures.append("without")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(work, number) for number in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert state_of(model) == before
 
 
 def test_another_thread_has_none_of_what_is_in_use_here():

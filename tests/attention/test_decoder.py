@@ -171,3 +171,26 @@ def test_guesses_made_by_the_first_layers_are_judged_by_all():
         expected = model.generate(PROMPTS[:1], **options)
         assert torch.equal(model.generate(PROMPTS[:1], assistant_early_exit=1, **options), expected)
         assert torch.equal(model.generate(PROMPTS[:1], prompt_lookup_num_tokens=2, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_base_model_attends_to_facts():
+    """On a GPU, `generate` compiles by itself when its cache is static."""
+    model = Family("llama", hf.LlamaConfig).model()
+    adapter = random_adapter(model.config, "shared", (0, 2))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    compile_config = hf.CompileConfig(backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    compiled = torch.compile(model, backend="eager")
+    try:
+        with torch.no_grad(), attached(model, adapter) as attachment:
+            memory, base = FACTS.memory(adapter), model(PROMPTS).logits
+            expected = model(PROMPTS, knowledge=memory).logits
+            assert torch.allclose(compiled(PROMPTS, knowledge=memory).logits, expected, atol=1e-6)
+            assert torch.allclose(compiled(PROMPTS).logits, base, atol=1e-6)
+            with attachment.using([memory, None, memory]):
+                answer = model.generate(PROMPTS, **options)
+                options |= {"cache_implementation": "static", "compile_config": compile_config}
+                assert torch.equal(model.generate(PROMPTS, **options), answer)
+    finally:
+        torch.compiler.reset()
