@@ -47,6 +47,7 @@ bench: $(READY)
 	$(BIN)/python jobs/benchmark.py encode
 	$(BIN)/python jobs/benchmark.py load
 	$(BIN)/python jobs/benchmark.py embed --num-facts 100000 --workers 1 --workers 2
+	$(BIN)/python jobs/benchmark.py attention --num-facts 1000 --num-facts 10000 --rounds 3
 
 clean:
 	rm -rf $(VENV) demo-kb build *.egg-info

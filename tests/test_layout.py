@@ -83,7 +83,10 @@ def test_the_library_never_imports_a_job():
         ("from kblam_ray import load_encoder", ["torch", "ray", "openai", "sklearn", "deltalake"]),
         ("import kblam_ray.facts.synthetic, kblam_ray.facts.questions", ["torch", "ray", "openai", "deltalake"]),
         ("import kblam_ray.table.pipeline.run", ["torch", "openai"]),
-        ("from kblam_ray import KnowledgeAdapter, KnowledgeMemory", ["ray", "deltalake", "sentence_transformers"]),
+        (
+            "from kblam_ray import KnowledgeAdapter, KnowledgeMemory",
+            ["ray", "deltalake", "pyarrow", "boto3", "sentence_transformers", "matplotlib"],
+        ),
         ("from kblam_ray import KnowledgeModel", ["ray", "openai", "sentence_transformers"]),
     ],
 )
