@@ -101,16 +101,16 @@ def test_every_gradient_is_that_of_one_softmax(kind, form, with_blocks, implemen
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_embeddings_where_the_adapter_is_frozen(kind, form):
+@pytest.mark.parametrize("asked", ["keys", "values", "both"])
+def test_gradients_of_embeddings_where_the_adapter_is_frozen(kind, form, asked):
     model = tiny_llama(dtype=DOUBLE).requires_grad_(False)
     adapter = tiny_adapter(model, kind, dtype=DOUBLE).requires_grad_(False)
     attachment = attach(model, adapter)
     facts, ids = random_facts(6, dtype=DOUBLE), random_ids(2, 5)
     with torch.no_grad():
         model(ids, knowledge=facts.memory(adapter, form))  # what is kept from here must not hide the gradient
-    facts.keys_MP.requires_grad_(True)
-    facts.values_MP.requires_grad_(True)
-    leaves = [facts.keys_MP, facts.values_MP]
+    both = {"keys": facts.keys_MP, "values": facts.values_MP}
+    leaves = [leaf.requires_grad_(True) for name, leaf in both.items() if asked in (name, "both")]
     found = gradients(
         loss_of(model(ids, knowledge=facts.memory(adapter, form, sizes=[4]), use_cache=False).logits), leaves
     )

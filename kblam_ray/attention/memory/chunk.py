@@ -143,7 +143,8 @@ class Chunk:
         return [name for name, derived in list(self._derived.items()) if derived.weights_key == weights_key]
 
     def _derive(self, name: DerivedName, adapter: KnowledgeAdapter) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled() and (projections.requires_grad(adapter) or self.keys_MP.requires_grad):
+        has_gradient = self.keys_MP.requires_grad or self.values_MP.requires_grad
+        if torch.is_grad_enabled() and (has_gradient or projections.requires_grad(adapter)):
             return self._make(name, adapter)
         weights_key = adapter.weights_key()
         known = self._derived.get(name)
