@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +31,8 @@ from kblam_ray.table.knowledge_base import KnowledgeBase
 BUNDLE_FILE = "knowledge_model.json"
 FORMAT_VERSION = 1
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
+"""What transformers loads; some repositories hold the same weights under other names, too."""
 OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Copied where there are no safetensors."""
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md", "*/*.jinja")
@@ -193,7 +195,7 @@ def _downloaded(name: str) -> Path:
         except OSError:
             # No network: what was downloaded before will do.
             return Path(snapshot_download(name, local_files_only=True))
-        has_safetensors = any(file.endswith(".safetensors") and "/" not in file for file in names)
+        has_safetensors = any(fnmatch(file, WEIGHTS[0]) for file in names)
         weights = WEIGHTS if has_safetensors else OLD_WEIGHTS
         return Path(
             snapshot_download(name, allow_patterns=[*weights, *SMALL_FILES], ignore_patterns=["*/*.safetensors"])

@@ -90,14 +90,14 @@ def test_following_the_newest(parts, tmp_path):
 
 def test_only_what_loading_needs_is_copied(parts, tmp_path):
     base = tmp_path / "base"
-    for name in ("pytorch_model.bin", "optimizer.pt", "model.gguf"):
+    for name in ("pytorch_model.bin", "optimizer.pt", "model.gguf", "consolidated.safetensors"):
         (base / name).write_bytes(b"not needed")
     (base / "checkpoint-1").mkdir()
     (base / "checkpoint-1" / "model.safetensors").write_bytes(b"not needed")
     write_bundle(tmp_path / "bundle", **parts)
     copied = {str(path.relative_to(tmp_path / "bundle" / "base")) for path in (tmp_path / "bundle" / "base").rglob("*")}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= copied
-    assert not copied & {"pytorch_model.bin", "optimizer.pt", "model.gguf", "checkpoint-1"}
+    assert not copied & {"pytorch_model.bin", "optimizer.pt", "model.gguf", "consolidated.safetensors", "checkpoint-1"}
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "bundle" / "base" / name).read_bytes() == (base / name).read_bytes()
 
