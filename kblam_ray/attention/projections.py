@@ -97,7 +97,7 @@ class Projections:
         key = adapter.weights_key()
         known = _KNOWN.get(adapter)
         if known is None or known[0] != key:
-            with _for_keeping(adapter.device):
+            with for_keeping(adapter.device):
                 known = (key, cls(adapter))
             _KNOWN[adapter] = known
         return known[1]
@@ -158,7 +158,7 @@ class Projections:
 
 
 @contextmanager
-def _for_keeping(device: torch.device) -> Iterator[None]:
+def for_keeping(device: torch.device) -> Iterator[None]:
     """For values that outlive the call: no graph hangs on them, training may use them, and they are exact."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

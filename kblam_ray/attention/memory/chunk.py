@@ -7,8 +7,7 @@ is hidden in a view while the chunk stays as it is. Shape legend: M facts, P enc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,7 +107,7 @@ class Chunk:
         """
         weights_key = adapter.weights_key()
         known = {name for view in views for name in view.chunk._names_for(weights_key)}
-        with _for_keeping(self.keys_MP):
+        with projections.for_keeping(self.keys_MP.device):
             for name in known:
                 dim = 0 if name == FACT_SCALE or adapter.config.kind == "shared" else 1
                 parts = [
@@ -149,7 +148,7 @@ class Chunk:
         weights_key = adapter.weights_key()
         known = self._derived.get(name)
         if known is None or known.weights_key != weights_key:
-            with _for_keeping(self.keys_MP):
+            with projections.for_keeping(self.keys_MP.device):
                 known = _Derived(weights_key, self._make(name, adapter))
             # Two threads may both come here: either result is the right one.
             self._derived[name] = known
@@ -165,13 +164,6 @@ class Chunk:
 def _joined(parts: Sequence[torch.Tensor | None], dim: int) -> torch.Tensor | None:
     tensors = [part for part in parts if part is not None]
     return torch.cat(tensors, dim) if tensors else None
-
-
-@contextmanager
-def _for_keeping(embeddings_MP: torch.Tensor) -> Iterator[None]:
-    """For values that outlive the call: no autograd graph hangs on them, and a later training step may use them."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class ChunkView:
