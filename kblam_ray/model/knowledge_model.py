@@ -263,6 +263,7 @@ class KnowledgeModel(nn.Module):
             dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
             device=self.device,
             version=snapshot.version,
+            source=kb.table_id,
         )
 
     def knowledge(self, version: int | None = None, form: str = "latent") -> KnowledgeMemory:
@@ -285,7 +286,8 @@ class KnowledgeModel(nn.Module):
             kb: a handle, or a path or URI. A handle that is pinned gives its own version, newer or older.
 
         Raises:
-            InputError: the memory has no version, or is a selection.
+            InputError: the memory has no version, is a selection, or came from another table: one that was deleted and
+                made anew at the same place, for example.
             EncoderMismatchError: the table was made anew with another encoder.
             TableNotFoundError, TableError, StorageError: the table cannot be read.
         """
@@ -298,6 +300,12 @@ class KnowledgeModel(nn.Module):
             # A handle of its own: the caller's stays where it is.
             kb = KnowledgeBase.open(str(kb) if isinstance(kb, (str, Path)) else kb.uri)
         require_encoder(self.adapter.config, kb.encoder, where=kb.uri)
+        if memory.source is not None and kb.table_id != memory.source:
+            raise InputError(
+                "the memory came from another table than the one that is there now",
+                where=kb.uri,
+                help="load it: `model.load(kb)`",
+            )
         if kb.version is None or kb.version == memory.version:
             return memory
         return memory.apply(kb.changes(memory.version, kb.version))

@@ -110,6 +110,11 @@ class KnowledgeBase:
         """Name, revision and dimension of the encoder of every embedding."""
         return self.info.encoder
 
+    @property
+    def table_id(self) -> str | None:
+        """What tells this table from others, at whatever place and time; None before the first facts."""
+        return None if self._log is None else str(self._log.delta.metadata().id)
+
     def refresh(self) -> int | None:
         """Move to the newest version and return it.
 

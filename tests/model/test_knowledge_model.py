@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,6 +149,19 @@ def test_refreshing_what_cannot_be(model, kb_uri, tmp_path):
     kb.delete([("Ur", "founder")])
     with pytest.raises(InputError):
         model.refresh(part, kb)
+    whole = model.load(kb)
+    for another in (kb_uri, make_kb(tmp_path / "another")):
+        with pytest.raises(InputError, match="another table"):
+            model.refresh(whole, another)
+    shutil.copytree(kb.uri, tmp_path / "copy")
+    assert model.refresh(whole, tmp_path / "copy") is whole
+    shutil.rmtree(kb.uri)
+    anew = make_kb(kb.uri)
+    anew.delete([("Ur", "founder"), ("France", "capital")])
+    anew.delete([("Peru", "capital")])
+    with pytest.raises(InputError, match="another table"):
+        model.refresh(whole, anew)
+    assert model.refresh(model.load(anew), anew.uri).num_facts == len(FACTS) - 3
 
 
 def test_an_answer_is_the_greedy_one_with_the_facts_it_attended_to(model, kb_uri):

@@ -72,6 +72,7 @@ class KnowledgeMemory:
         views: what is seen of each chunk; only chunks of which anything is seen.
         form: "latent" keeps base embeddings, "materialized" every KB layer's keys and values too.
         version: KB version of the facts, None where they come from no table.
+        source: what tells the table that they come from apart from others, where it is known.
         num_total: facts of the whole knowledge base; of a selection too.
         device, dtype: of the embeddings.
         has_texts: facts can be looked up.
@@ -90,6 +91,7 @@ class KnowledgeMemory:
     has_texts: bool
     is_selection: bool = False
     is_auto: bool = False
+    source: str | None = None
     priors: tuple[torch.Tensor, ...] | None = None
 
     @classmethod
@@ -105,6 +107,7 @@ class KnowledgeMemory:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         version: int | None = None,
+        source: str | None = None,
         chunk_rows: int | None = None,
     ) -> KnowledgeMemory:
         """A memory of M facts, M >= 0.
@@ -122,6 +125,7 @@ class KnowledgeMemory:
             dtype: what to keep the embeddings as; None: as they are.
             device: where to keep them; None: where the adapter is.
             version: KB version of the facts.
+            source: see `KnowledgeMemory`.
             chunk_rows: facts per chunk; None: all in one, which is the cheapest to attend to. Smaller chunks are
                 rewritten one by one when their facts are deleted, so that less memory is needed at a time.
 
@@ -148,6 +152,7 @@ class KnowledgeMemory:
             dtype=whole.keys_MP.dtype,
             has_texts=whole.facts is not None,
             is_auto=form == "auto",
+            source=source,
         )
 
     def __repr__(self) -> str:
