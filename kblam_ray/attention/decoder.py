@@ -116,7 +116,7 @@ def refuse_unsupported(base_model: PreTrainedModel, modules: Iterable[nn.Module]
                 where=name,
                 help="choose a base model, or KB layers, whose attentions have one shape",
             )
-        if getattr(module, "sinks", None) is not None:
+        if any("sink" in parameter for parameter, _ in module.named_parameters()):
             raise UnsupportedModelError("attention sinks", where=name, help="choose a base model without them")
         softcap = getattr(module, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None)
         if softcap is not None:

@@ -91,6 +91,12 @@ FAMILIES = [
     ),
 ]
 
+INKLING = {
+    **{"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "d_rel": 4, "rel_extent": 8},
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "head_dim": 8},
+}
+"""Sizes of two families that are in none of the lists: convolutions after the attention, position biases, sinks."""
+
 
 def tiny_model(
     config: Any, *, dtype: torch.dtype = torch.float32, implementation: str = "sdpa", seed: int = 0

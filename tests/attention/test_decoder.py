@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import PLAIN, VOCABULARY, Facts, Family, PlainAdapter, PlainModel, attached, random_adapter, tiny_model
+from families import (
+    INKLING,
+    PLAIN,
+    VOCABULARY,
+    Facts,
+    Family,
+    PlainAdapter,
+    PlainModel,
+    attached,
+    random_adapter,
+    tiny_model,
+)
 from torch import nn
 
 from kblam_ray.attention import attach
@@ -18,10 +29,6 @@ EXACT = 5e-5
 FACTS = Facts.random(7, seed=4)
 PROMPTS = torch.randint(2, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(6))
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-INKLING = {
-    **{"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "d_rel": 4, "rel_extent": 8},
-    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "head_dim": 8},
-}
 
 OTHERS = [
     # Layers that get keyword arguments and give their attention none of them.

@@ -48,9 +48,9 @@ class BaseShape(BaseModel):
             )
         text = hf_config.get_text_config(decoder=True)
         sizes: dict[str, Any] = {
-            "hidden_size": getattr(text, "hidden_size", None),
-            "num_layers": getattr(text, "num_hidden_layers", None),
-            "num_heads": getattr(text, "num_attention_heads", None),
+            "hidden_size": _of_all_layers(text, "hidden_size"),
+            "num_layers": _of_all_layers(text, "num_hidden_layers"),
+            "num_heads": _of_all_layers(text, "num_attention_heads"),
         }
         wrong = [name for name, size in sizes.items() if type(size) is not int or size < 1]
         if wrong:
@@ -58,8 +58,8 @@ class BaseShape(BaseModel):
                 f"the configuration of a {text.model_type} model has no single {', '.join(wrong)}",
                 help="give a decoder whose layers all have one width and one number of heads",
             )
-        head_dim = getattr(text, "head_dim", None) or sizes["hidden_size"] // sizes["num_heads"]
-        value_dim = getattr(text, "v_head_dim", None) or head_dim
+        head_dim = _of_all_layers(text, "head_dim") or sizes["hidden_size"] // sizes["num_heads"]
+        value_dim = _of_all_layers(text, "v_head_dim") or head_dim
         if value_dim != head_dim:
             raise UnsupportedModelError(
                 f"the heads of a {text.model_type} model have keys of {head_dim} numbers and values of {value_dim}",
@@ -280,6 +280,16 @@ class AdapterConfig(BaseModel):
         path = path / CONFIG_FILE if path.is_dir() else path
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def _of_all_layers(hf_config: Any, name: str) -> Any:
+    try:
+        return getattr(hf_config, name, None)
+    except RuntimeError:  # how the library says that it is a setting of each layer
+        raise UnsupportedModelError(
+            f"the layers of a {hf_config.model_type} model have each a {name} of their own",
+            help="give a decoder whose layers all have one width, one number of heads and one head dimension",
+        ) from None
 
 
 def _kb_layers(settings: dict[str, Any]) -> tuple[int, ...]:
