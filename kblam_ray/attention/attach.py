@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from kblam_ray.attention.adapter import BaseShape, KnowledgeAdapter
 from kblam_ray.attention.batch import ForwardPass, Knowledge, Recorder, Segment, segments_of_rows
-from kblam_ray.attention.decoder import attention_modules, mixes_tokens_later, parent_of, refuse_unsupported
+from kblam_ray.attention.decoder import attention_modules, decoder_layer_of, mixes_tokens_later, refuse_unsupported
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.site import Site
 from kblam_ray.errors import AdapterMismatchError, InputError, UnsupportedModelError
@@ -178,7 +178,7 @@ class _Host:
         for layer in adapter.config.layers:
             if layer not in self._sites:
                 module = self._modules[layer]
-                self._sites[layer] = Site(module, parent_of(self.model, module), layer)
+                self._sites[layer] = Site(module, decoder_layer_of(self.model, module), layer)
 
     def remove(self, adapter: KnowledgeAdapter) -> None:
         self._adapters[adapter] -= 1
@@ -290,7 +290,7 @@ def _last_layer(base_model: PreTrainedModel, modules: dict[int, Any]) -> int | N
     if "logits_to_keep" not in inspect.signature(base_model.forward).parameters:
         return None
     last = BaseShape.of(base_model.config).num_layers - 1
-    if last not in modules or mixes_tokens_later(parent_of(base_model, modules[last]), modules[last]):
+    if last not in modules or mixes_tokens_later(decoder_layer_of(base_model, modules[last]), modules[last]):
         return None
     return last
 

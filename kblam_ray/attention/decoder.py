@@ -59,9 +59,13 @@ def _is_cross_attention(name: str) -> bool:
     return "cross" in own_name or own_name == "encoder_attn"
 
 
-def parent_of(base_model: nn.Module, attention: nn.Module) -> nn.Module:
-    """The decoder layer that an attention module stands in."""
-    return next(module for module in base_model.modules() if any(child is attention for child in module.children()))
+def decoder_layer_of(base_model: nn.Module, attention: nn.Module) -> nn.Module:
+    """The decoder layer that an attention module stands in: what is around it, up to a place in a list of modules."""
+    name = next(name for name, module in base_model.named_modules() if module is attention)
+    around = name.split(".")[:-1]
+    while around and not around[-1].isdigit():
+        around.pop()
+    return base_model.get_submodule(".".join(around) if around else name.rpartition(".")[0])
 
 
 _WORKS_ON_TOKENS_ALONE = re.compile(

@@ -22,7 +22,7 @@ from families import (
 from torch import nn
 
 from kblam_ray.attention import attach
-from kblam_ray.attention.decoder import attention_modules, mixes_tokens_later, parent_of
+from kblam_ray.attention.decoder import attention_modules, decoder_layer_of, mixes_tokens_later
 from kblam_ray.errors import UnsupportedModelError
 
 EXACT = 5e-5
@@ -109,7 +109,7 @@ def test_logits_of_some_tokens_however_they_are_named(keep: Any, mixes_later: bo
     else:
         kept = numbers[:, keep]
     assert torch.allclose(logits, whole.flatten(0, 1)[kept], atol=1e-5)
-    layer = parent_of(model, attention_modules(model)[2])
+    layer = decoder_layer_of(model, attention_modules(model)[2])
     assert mixes_tokens_later(layer, layer.self_attn) == mixes_later
 
 
