@@ -43,6 +43,7 @@ class KnowledgeModel(nn.Module):
         base_model: the transformers model, with the adapter attached until `detach`.
         adapter: the knowledge adapter.
         tokenizer: of the base model, or None.
+        bundle: what it was loaded from, or None.
 
     Args:
         base_model: a transformers model in memory.
