@@ -119,8 +119,18 @@ def attach(base_model: PreTrainedModel, adapter: KnowledgeAdapter) -> Attachment
 
     Raises:
         AdapterMismatchError: the adapter was made for another shape of model.
+        InputError: it is no model of transformers, or no adapter.
         UnsupportedModelError: the attention has something that cannot be merged with, or no interface to attach to.
     """
+    for given, wanted in ((base_model, PreTrainedModel), (adapter, KnowledgeAdapter)):
+        if not isinstance(given, wanted):
+            # A wrapper would be attached to in vain: its `generate` calls the model inside.
+            raise InputError(
+                f"a {type(given).__name__} is no {wanted.__name__}",
+                where="attach",
+                help="attach a KnowledgeAdapter to a model of transformers itself; a wrapper, such as torch.compile"
+                " makes, may then be called with knowledge, too",
+            )
     adapter.config.check_base(base_model.config)
     with _LOCK:
         host = _HOSTS.get(base_model)

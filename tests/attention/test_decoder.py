@@ -23,7 +23,7 @@ from torch import nn
 
 from kblam_ray.attention import attach
 from kblam_ray.attention.decoder import attention_modules, decoder_layer_of, mixes_tokens_later
-from kblam_ray.errors import UnsupportedModelError
+from kblam_ray.errors import InputError, UnsupportedModelError
 
 EXACT = 5e-5
 FACTS = Facts.random(7, seed=4)
@@ -178,6 +178,15 @@ def test_guesses_made_by_the_first_layers_are_judged_by_all():
         expected = model.generate(PROMPTS[:1], **options)
         assert torch.equal(model.generate(PROMPTS[:1], assistant_early_exit=1, **options), expected)
         assert torch.equal(model.generate(PROMPTS[:1], prompt_lookup_num_tokens=2, **options), expected)
+
+
+def test_what_is_no_model_or_no_adapter_is_refused():
+    model = Family("llama", hf.LlamaConfig).model()
+    adapter = random_adapter(model.config, "shared", (0, 2))
+    wrong: list[tuple[Any, Any]] = [(torch.compile(model), adapter), (nn.Linear(2, 2), adapter), (model, "adapter")]
+    for given in wrong:
+        with pytest.raises(InputError, match=r"is no (PreTrainedModel|KnowledgeAdapter) \(attach\)"):
+            attach(*given)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
