@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.trace import mean_shares, retrieval_scores
@@ -127,6 +128,7 @@ def ask(
         )
     messages = as_messages(question)
     prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
+    _check_length(model, prompt_ids.shape[1] + max_new_tokens)
     request = model.prepare(memory, messages, selection)
     ids = _generate(model, prompt_ids, request, max_new_tokens)
     start = prompt_ids.shape[1]
@@ -186,6 +188,25 @@ def _lacks_evidence(model: KnowledgeModel, prompt_ids: torch.Tensor, memory: Kno
     if threshold is None or memory is None:
         return False
     return refusal_statistic(model, prompt_ids, memory) < threshold
+
+
+def _check_length(model: KnowledgeModel, num_tokens: int) -> None:
+    """Raises InputError if the base model has a learned table of positions, and not so many of them.
+
+    Rotary and relative positions go on beyond what was trained: there the library warns.
+    """
+    base: Any = model.base_model
+    most = getattr(base.config, "max_position_embeddings", None)
+    if not isinstance(most, int) or num_tokens <= most:
+        return
+    tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    # OPT keeps two rows before its first position.
+    if any(table.num_embeddings in (most, most + 2) for table in tables if table is not base.get_input_embeddings()):
+        raise InputError(
+            f"prompt and answer may take {num_tokens} tokens, the base model has positions for {most}",
+            where="question",
+            help="ask a shorter question, or lower max_new_tokens",
+        )
 
 
 def _generate(

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from model_samples import ENCODER, FACTS, llama_tokenizer, make_kb, save_base, tiny_adapter, tiny_llama
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig
 
 import kblam_ray
+from kblam_ray import KnowledgeMemory
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.trace import mean_shares, retrieval_scores
 from kblam_ray.encoders import load_encoder
@@ -139,8 +141,6 @@ def test_versions_and_refresh(model, tmp_path):
 
 def test_refreshing_what_cannot_be(model, kb_uri, tmp_path):
     import numpy as np
-
-    from kblam_ray import KnowledgeMemory
 
     with pytest.raises(InputError, match="no KB version"):
         model.refresh(KnowledgeMemory.from_embeddings(model.adapter, np.ones((1, 64)), np.ones((1, 64))), kb_uri)
@@ -348,6 +348,24 @@ def test_what_ask_refuses(model, kb_uri):
     with pytest.raises(InputError, match="no tokenizer"):
         model.ask(QUESTION, memory)
     assert parse_selection("similar:12") == 12
+
+
+def test_questions_longer_than_the_base_model_has_positions_for():
+    sizes = {"vocab_size": len(llama_tokenizer()), "num_hidden_layers": 2, "num_attention_heads": 4}
+    gpt2 = GPT2Config(**sizes, n_embd=32, n_positions=96, eos_token_id=None)
+    opt = OPTConfig(**sizes, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, max_position_embeddings=96)
+    rotary = GPTNeoXConfig(**sizes, hidden_size=32, intermediate_size=48, max_position_embeddings=96)
+    for config in (gpt2, opt, rotary):
+        base = AutoModelForCausalLM.from_config(config).eval()
+        model = KnowledgeModel(base, tiny_adapter(base), llama_tokenizer())
+        memory = KnowledgeMemory.from_embeddings(model.adapter, torch.eye(64), torch.eye(64))
+        prompt = len(model.chat.render([{"role": "user", "content": QUESTION}]))
+        assert model.ask(QUESTION, memory, max_new_tokens=96 - prompt).kb_version is None
+        if config is rotary:
+            assert model.ask(QUESTION, memory, max_new_tokens=97 - prompt).kb_version is None
+        else:
+            with pytest.raises(InputError, match="97 tokens, the base model has positions for 96"):
+                model.ask(QUESTION, memory, max_new_tokens=97 - prompt)
 
 
 def test_a_memory_of_another_adapter_is_refused(model, kb_uri):
