@@ -3,7 +3,7 @@
 transformers looks up one attention function per layer, by the name in the attention module's config. The KB layers get
 a copy of that config with our name in it, so that they, and no others, call `site.knowledge_attention`; a forward
 pre-hook hands it the hidden states that the layer received. What a token attends to travels down as the keyword
-argument `knowledge`, which every model family passes through. Without knowledge the library's own function is called
+argument `knowledge`, which model families pass to their layers. Without knowledge the library's own function is called
 with its own arguments: the output is the base model's to the bit.
 """
 
