@@ -18,7 +18,7 @@ import torch
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.layer_facts import Form, LayerQuery, LogWeights, ScaleOf, layer_form, layer_query
 from kblam_ray.attention.memory import ChunkView, KnowledgeMemory
-from kblam_ray.attention.projections import Projections, exact_dtype, is_differentiable
+from kblam_ray.attention.projections import Projections, exact_dtype, is_differentiable, requires_grad
 from kblam_ray.attention.softmax import NO_FACTS, attend, merge, part_weight
 from kblam_ray.errors import InputError, UnsupportedModelError
 
@@ -87,6 +87,18 @@ class Group:
 
     def views(self) -> Iterator[tuple[ChunkView, LogWeights | None]]:
         return zip(self.memory.views, self.log_weights, strict=True)
+
+    def is_recorded(self, hidden_TX: torch.Tensor) -> bool:
+        """Whether autograd is on and something here wants a gradient: hidden states, adapter or embeddings."""
+        return torch.is_grad_enabled() and (
+            hidden_TX.requires_grad
+            or requires_grad(self.adapter)
+            or any(
+                embeddings_MP.requires_grad
+                for view in self.memory.views
+                for embeddings_MP in (view.chunk.keys_MP, view.chunk.values_MP)
+            )
+        )
 
     def only(self, wanted_T: torch.Tensor) -> Group | None:
         """The group with those of its tokens that are wanted; None when there are none."""
@@ -170,15 +182,17 @@ class ForwardPass:
             groups = [found for group in groups if (found := group.only(self._last_tokens[1])) is not None]
         if not groups:
             return None
-        queries: dict[KnowledgeAdapter, LayerQuery] = {}
-        attended = None
-        for group in groups:
-            if group.adapter not in queries:
-                projections = self._projections[group.adapter]
-                queries[group.adapter] = layer_query(group.adapter, layer, projections, hidden_TX)
-            part = self._attend_group(group, layer, queries[group.adapter].take(group.tokens))
-            attended = part if attended is None else attended.beside(part)
-        return attended
+        # Without anything to differentiate the facts are worked on in blocks, even where autograd was left on.
+        with torch.set_grad_enabled(any(group.is_recorded(hidden_TX) for group in groups)):
+            queries: dict[KnowledgeAdapter, LayerQuery] = {}
+            attended = None
+            for group in groups:
+                if group.adapter not in queries:
+                    projections = self._projections[group.adapter]
+                    queries[group.adapter] = layer_query(group.adapter, layer, projections, hidden_TX)
+                part = self._attend_group(group, layer, queries[group.adapter].take(group.tokens))
+                attended = part if attended is None else attended.beside(part)
+            return attended
 
     def _check_call(self, layer: int, hidden_TX: torch.Tensor) -> None:
         if layer in self.served and not self.is_over:

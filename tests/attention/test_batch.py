@@ -24,7 +24,7 @@ from tiny import (
     tiny_llama,
 )
 
-from kblam_ray.attention import KnowledgeMemory, attach
+from kblam_ray.attention import KnowledgeMemory, attach, softmax
 from kblam_ray.attention.batch import ForwardPass, Segment, segments_of_rows
 from kblam_ray.errors import InputError
 
@@ -332,3 +332,19 @@ def test_segments_of_rows(stage):
     for stranger in ("kb/world", 3, [first, "kb/world"], {"a": first}):
         with pytest.raises(InputError, match="is no knowledge memory"):
             segments_of_rows(stranger, 2, 1)
+
+
+@pytest.mark.parametrize("wants_gradient", ["nothing", "adapter", "embeddings"])
+def test_facts_are_worked_on_in_blocks_unless_something_wants_a_gradient(monkeypatch, wants_gradient):
+    model = tiny_llama().requires_grad_(False)
+    adapter = tiny_adapter(model, "paper").requires_grad_(wants_gradient == "adapter")
+    keys_MP, values_MP = torch.randn(2, 9, DIM)
+    memory = KnowledgeMemory.from_embeddings(adapter, keys_MP.requires_grad_(wants_gradient == "embeddings"), values_MP)
+    in_blocks = []
+    in_place = softmax._softmax_in_place
+    monkeypatch.setattr(softmax, "_softmax_in_place", lambda *args: in_blocks.append(1) or in_place(*args))
+    attachment = attach(model, adapter)
+    logits = model(random_ids(1, 5), knowledge=memory).logits
+    attachment.detach()
+    assert logits.requires_grad == (wants_gradient != "nothing")
+    assert bool(in_blocks) == (wants_gradient == "nothing")
