@@ -274,4 +274,5 @@ def _per_head(query: LayerQuery) -> torch.Tensor:
 
 def _heads(embeddings_mP: torch.Tensor, weight_NHP: torch.Tensor, bias_NH: torch.Tensor) -> torch.Tensor:
     projected_mX = torch.nn.functional.linear(embeddings_mP, weight_NHP.flatten(0, 1), bias_NH.flatten())
-    return projected_mX.unflatten(1, bias_NH.shape).transpose(0, 1)
+    # Contiguous per head: products with strided keys take several times as long.
+    return projected_mX.unflatten(1, bias_NH.shape).transpose(0, 1).contiguous()

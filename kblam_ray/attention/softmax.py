@@ -22,7 +22,7 @@ from kblam_ray.attention.projections import exact_dtype
 
 NO_FACTS = float("-inf")
 
-ROWS_PER_BLOCK = 1_024
+ROWS_PER_BLOCK = 4_096
 """Query rows worked on at a time."""
 
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
