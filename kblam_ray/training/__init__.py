@@ -1,0 +1,1 @@
+"""Making adapters: the closed-form fit, the data mix, the losses and the training loop."""
