@@ -2,8 +2,10 @@
 
 A job module declares a subclass of `JobConfig` and a function that takes it and returns the summary, and
 ends with `main(name, Config, function)`. Flags are the fields in kebab-case, `--config FILE.yaml` gives
-the same fields, and flags win. The last line on stdout is a JSON object: `job`, `ok`, `seconds` and what
-the job did, or `error: {code, message}`; everything else goes to stderr.
+the same fields, and flags win. A field that is a model itself is a mapping in YAML and a flag per field on the command
+line, with its own name before theirs (`mix: {kb_per: batch}` is `--mix-kb-per batch`); a field that is a mapping takes
+`--name KEY=VALUE`. The last line on stdout is a JSON object: `job`, `ok`, `seconds` and what the job did, or
+`error: {code, message}`; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -91,25 +93,75 @@ def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobC
     parser.add_argument("--config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
     own = config_type.__annotations__
     for field, info in sorted(config_type.model_fields.items(), key=lambda item: item[0] not in own):
-        _add_flag(parser, field, info)
+        if (part := _part_of(info)) is None:
+            _add_flag(parser, field, info)
+            continue
+        for inner, inner_info in part.model_fields.items():
+            _add_flag(parser, f"{field}.{inner}", inner_info)
     flags = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     path = flags.pop("config", None)
-    settings = {**(_read_yaml(path) if path else {}), **flags}
+    settings = _with_flags(config_type, _read_yaml(path) if path else {}, flags)
     try:
         return config_type.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the settings"
+        steps = [str(step).replace("_", "-") for step in first["loc"] if isinstance(step, str)]
+        # Deeper than the flag itself are the members of lists, mappings and unions.
+        depth = 2 if steps and _is_part(config_type, steps[0]) else 1
+        flag = "--" + "-".join(steps[:depth]) if steps else "the settings"
         raise InputError(
             f"{flag}: {first['msg']}", where=path or "command line", help=f"see `jobs/{name}.py --help`"
         ) from None
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:
-    flag = "--" + field.replace("_", "-")
-    kind = info.annotation
+def _part_of(info: FieldInfo) -> type[BaseModel] | None:
+    """The model that a field is, where it is one."""
+    kind = _without_none(info.annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _is_part(config_type: type[JobConfig], flag: str) -> bool:
+    info = config_type.model_fields.get(flag.replace("-", "_"))
+    return info is not None and _part_of(info) is not None
+
+
+def _with_flags(config_type: type[JobConfig], settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file with those of the command line in their places."""
+    settings = {
+        name: _snake_case(value) if isinstance(value, dict) and _is_part(config_type, name) else value
+        for name, value in settings.items()
+    }
+    for name, value in flags.items():
+        field, _, inner = name.partition(".")
+        if not inner:
+            settings[field] = value
+            continue
+        part = settings.get(field) or {}
+        if isinstance(part, dict):  # else the file is wrong, and validation says so
+            settings[field] = {**part, inner: value}
+    return settings
+
+
+def _without_none(kind: Any) -> Any:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
+
+
+class _Pairs(argparse.Action):
+    """Collects `KEY=VALUE` arguments into a mapping."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, option: str | None = None) -> None:
+        key, equals, text = str(value).partition("=")
+        if not equals or not key:
+            parser.error(f"{option}: {value!r} is not KEY=VALUE")
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), key: text})
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:
+    flag = "--" + field.replace("_", "-").replace(".", "-")
+    metavar = field.rpartition(".")[2].upper()
+    kind = _without_none(info.annotation)
     note = info.description or ""
     default = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
@@ -119,11 +171,16 @@ def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> N
     note = note.replace("%", "%%")
     if kind is bool:
         parser.add_argument(flag, dest=field, action=argparse.BooleanOptionalAction, default=None, help=note)
+    elif typing.get_origin(kind) is dict:
+        parser.add_argument(flag, dest=field, action=_Pairs, metavar="KEY=VALUE", help=f"{note} (repeatable)")
     elif typing.get_origin(kind) is list:
-        parser.add_argument(flag, dest=field, action="append", metavar=field.upper(), help=f"{note} (repeatable)")
+        parser.add_argument(flag, dest=field, action="append", metavar=metavar, help=f"{note} (repeatable)")
+    elif typing.get_origin(kind) is tuple:
+        count = len(typing.get_args(kind))
+        parser.add_argument(flag, dest=field, nargs=count, metavar=metavar, help=note)
     else:
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
-        metavar = "|".join(map(str, choices)) if choices else field.upper()
+        metavar = "|".join(map(str, choices)) if choices else metavar
         parser.add_argument(flag, dest=field, metavar=metavar, help=note)
 
 
@@ -134,6 +191,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"cannot read the configuration: {error}", where=path, help="give a YAML file") from None
     if not isinstance(settings, dict):
         raise InputError("the configuration is not a mapping", where=path, help="write `name: value` lines")
+    return _snake_case(settings)
+
+
+def _snake_case(settings: dict[Any, Any]) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in settings.items()}
 
 
