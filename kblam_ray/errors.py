@@ -177,3 +177,9 @@ class GenerationError(KblamError):
     """The base model's engine failed while it wrote an answer."""
 
     code = "generation_failed"
+
+
+class TrainingError(KblamError):
+    """A training cannot start, go on or be resumed."""
+
+    code = "training_failed"
