@@ -1,0 +1,1 @@
+"""How well a knowledge model retrieves, answers and refuses, beside baselines; begin at `kblam_ray.evaluation.run`."""
