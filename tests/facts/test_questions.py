@@ -173,6 +173,16 @@ def test_chinese_japanese_and_korean_facts_are_asked_in_their_language() -> None
     texts = {question.text for question in ask("simple", facts)}
     assert {"AI是什么?", "김치의 설명은(는) 무엇인가요?", "富士山の標高は何ですか?"} <= texts
     assert not any("description" in text for text in texts)
+    answers = {question.answer for question in ask("simple", facts)}
+    assert answers == {"人工智能是模拟人类智能的技术", "한국의 전통 음식", "The 標高 of 富士山 is 3776メートル."}
+
+
+def test_only_descriptions_in_those_scripts_are_stated_without_a_frame() -> None:
+    assert forms.answer_sentence("AI", "Description", ["人工智能"]) == "人工智能"
+    assert forms.answer_sentence("AI", "definition", ["人工智能", "人工知能とは技術"]) == "人工智能 人工知能とは技術"
+    assert forms.answer_sentence("AI", "description", ["a field"]) == "The description of AI is a field."
+    assert forms.answer_sentence("AI", "definition", ["人工智能", "a field"]).startswith("The definition of AI is ")
+    assert forms.answer_sentence("北京", "country", ["中国"]) == "The country of 北京 is 中国."
 
 
 def test_known_properties_of_real_tables_can_be_paraphrased() -> None:

@@ -60,6 +60,9 @@ NATIVE_DESCRIPTIONS = {
 DESCRIPTIVE = ("description", "definition")
 """Properties that say what the entity is: "What is {e}?" is the plain question for them."""
 
+NATIVE_DESCRIPTIVE = ("説明", "定義", "설명", "정의", "描述", "定义", "简介")
+"""The same in Japanese, Korean and Chinese."""
+
 TWO_ENTITY_FORMS = (
     "What is the {p1} of {e1} and the {p2} of {e2}?",
     "Tell me the {p1} of {e1} and also {e2}'s {p2}.",
@@ -104,6 +107,11 @@ def native_language(text: str) -> str | None:
     return None
 
 
+def is_description(property: str) -> bool:
+    """Whether a property says what its entity is, in English, Japanese, Korean or Chinese."""
+    return property.casefold() in DESCRIPTIVE or property in NATIVE_DESCRIPTIVE
+
+
 def plain_forms(fact: Fact, asks: Sequence[str]) -> tuple[str, ...]:
     """The simple questions that fit a fact: in the language of its value, where that has forms of its own.
 
@@ -126,6 +134,12 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def answer_sentence(entity: str, property: str, values: Sequence[str]) -> str:
-    """The sentence that states a fact, in the words of its key text: `The {property} of {entity} is {value}.`"""
+    """The sentence that states a fact, in the words of its key text: `The {property} of {entity} is {value}.`
+
+    A Japanese, Korean or Chinese description says by itself what it describes, and is stated as it stands: an English
+    sentence around it would be none in either language.
+    """
+    if is_description(property) and all(native_language(value) for value in values):
+        return " ".join(values)
     text = f"The {property} of {entity} is {listed(values)}"
     return text if text.endswith((".", "!", "?", "。")) else text + "."
