@@ -182,6 +182,12 @@ def test_only_descriptions_in_those_scripts_are_stated_without_a_frame() -> None
     assert forms.answer_sentence("AI", "definition", ["人工智能", "人工知能とは技術"]) == "人工智能 人工知能とは技術"
     assert forms.answer_sentence("AI", "description", ["a field"]) == "The description of AI is a field."
     assert forms.answer_sentence("AI", "definition", ["人工智能", "a field"]).startswith("The definition of AI is ")
+    assert forms.answer_sentence("AI", "description", ["人工智能(artificial intelligence)是技术"]).startswith(
+        "人工智能("
+    )
+    assert forms.answer_sentence("Ur", "description", ["was closed by マムニリ"]).startswith(
+        "The description of Ur is "
+    )
     assert forms.answer_sentence("北京", "country", ["中国"]) == "The country of 北京 is 中国."
 
 

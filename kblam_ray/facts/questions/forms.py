@@ -139,7 +139,13 @@ def answer_sentence(entity: str, property: str, values: Sequence[str]) -> str:
     A Japanese, Korean or Chinese description says by itself what it describes, and is stated as it stands: an English
     sentence around it would be none in either language.
     """
-    if is_description(property) and all(native_language(value) for value in values):
+    if is_description(property) and all(map(_is_native, values)):
         return " ".join(values)
     text = f"The {property} of {entity} is {listed(values)}"
     return text if text.endswith((".", "!", "?", "。")) else text + "."
+
+
+def _is_native(text: str) -> bool:
+    """Whether a text is Japanese, Korean or Chinese; one in another language may yet have a name in their scripts."""
+    letters = re.findall("[ぁ-ゖァ-ヺー가-힣㐀-鿿]", text)
+    return len(letters) > len(re.findall(r"[^\W\d_ぁ-ゖァ-ヺー가-힣㐀-鿿]+", text))
