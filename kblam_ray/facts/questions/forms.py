@@ -148,4 +148,4 @@ def answer_sentence(entity: str, property: str, values: Sequence[str]) -> str:
 def _is_native(text: str) -> bool:
     """Whether a text is Japanese, Korean or Chinese; one in another language may yet have a name in their scripts."""
     letters = re.findall("[ぁ-ゖァ-ヺー가-힣㐀-鿿]", text)
-    return len(letters) > len(re.findall(r"[^\W\d_ぁ-ゖァ-ヺー가-힣㐀-鿿]+", text))
+    return len(letters) >= 2 * max(1, len(re.findall(r"[^\W\d_ぁ-ゖァ-ヺー가-힣㐀-鿿]+", text)))
