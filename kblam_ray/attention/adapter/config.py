@@ -128,6 +128,11 @@ class AdapterConfig(BaseModel):
     selection_log_m: Literal["whole", "selection"] = Field(
         "whole", description="the M of the shift when only a part of the facts is selected"
     )
+    refusal_weights: dict[str, float] | None = Field(
+        None,
+        description="logistic weights of the best facts' features, by name, and `bias`: their probability is the"
+        " refusal statistic (unset: it is the largest retrieval score)",
+    )
     refusal_threshold: float | None = Field(None, description="below it the best facts' statistic means: refuse")
     refusal_text: str = Field(PAPER_REFUSAL, min_length=1, description="the answer when no fact applies")
     chat_template: str | None = Field(None, description="Jinja chat template trained with; unset: the tokenizer's")
@@ -150,6 +155,8 @@ class AdapterConfig(BaseModel):
             raise ValueError(f"retrieval layers {self.retrieval_layers} name one more than once")
         if self.encoder is not None and self.encoder.dim != self.dim:
             raise ValueError(f"dim is {self.dim} but the encoder gives {self.encoder.dim} numbers")
+        if self.refusal_weights is not None and "bias" not in self.refusal_weights:
+            raise ValueError("refusal_weights have no bias")
         least_facts, most_facts = self.training_kb_range or (0, 0)
         if not 0 <= least_facts <= most_facts:
             raise ValueError(f"training_kb_range {least_facts} to {most_facts} is not a range of facts")
