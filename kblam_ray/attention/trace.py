@@ -11,15 +11,16 @@ token, or one number per fact.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kblam_ray.attention.attach import Attachment
-from kblam_ray.attention.batch import Attended, AttendedGroup, Knowledge
-from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.attention.softmax import shares
+from kblam_ray.attention.batch import Attended, AttendedGroup, Knowledge, Recorder
+from kblam_ray.attention.memory import ChunkView, KnowledgeMemory
+from kblam_ray.attention.softmax import Facts, shares
 from kblam_ray.errors import InputError
 
 
@@ -70,9 +71,9 @@ def trace(
         raise InputError(f"the {top_n} largest shares", where="top_n", help="ask for 1 or more")
     batch, length = input_ids.shape
     positions = _answer_positions(answer_start, batch, length)
-    layers = _layers(attachment, layers)
+    layers = traced_layers(attachment, layers)
     recorder = _TopN(layers, positions, length, top_n)
-    _run(attachment, input_ids, knowledge, recorder, attention_mask)
+    run_recorded(attachment, input_ids, knowledge, recorder, attention_mask)
     return recorder.trace(batch)
 
 
@@ -130,28 +131,44 @@ def _mean(
 ) -> torch.Tensor:
     if len(input_ids) != 1:
         raise InputError(f"a batch of {len(input_ids)} rows", where="input_ids", help="give one row: [1, T]")
-    layers = _layers(attachment, layers)
+    layers = traced_layers(attachment, layers)
     recorder = _Sum(layers, positions[0], memory, with_text=with_text)
     if memory.num_facts:
-        _run(attachment, input_ids, memory, recorder, None)
+        run_recorded(attachment, input_ids, memory, recorder, None)
     return recorder.mean()
 
 
-def _run(
+def run_recorded(
     attachment: Attachment,
     input_ids: torch.Tensor,
     knowledge: Knowledge,
-    recorder: _TopN | _Sum,
-    attention_mask: torch.Tensor | None,
-) -> None:
+    recorder: Recorder,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    cache: Any = None,
+    keep_cache: bool = False,
+) -> Any:
+    """One forward pass that a recorder watches; gives the base model's output, with as few logits as it can make.
+
+    Args:
+        cache: the base model's cache of the tokens before `input_ids`.
+        keep_cache: make and return one, as `past_key_values` of the output.
+    """
     model = attachment.base_model
     # Logits are not looked at: of a long prompt and a large vocabulary they would be most of the memory.
     least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with attachment.using(knowledge, recorder):
-        model(input_ids.to(model.device), attention_mask=attention_mask, use_cache=False, **least)
+        return model(
+            input_ids.to(model.device),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=keep_cache,
+            **least,
+        )
 
 
-def _layers(attachment: Attachment, layers: Sequence[int] | None) -> tuple[int, ...]:
+def traced_layers(attachment: Attachment, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to look at, ascending; by default the adapter's retrieval layers."""
     config = attachment.adapter.config
     chosen = tuple(sorted(config.retrieval_layers if layers is None else layers))
     if unknown := set(chosen) - set(config.layers):
@@ -172,7 +189,7 @@ def _answer_positions(answer_start: int | Sequence[int], batch: int, length: int
     return [list(range(start - 1, length - 1)) for start in starts]
 
 
-def _mean_over_heads(shares_ATm: torch.Tensor, weight_TN: torch.Tensor | None) -> torch.Tensor:
+def mean_over_heads(shares_ATm: torch.Tensor, weight_TN: torch.Tensor | None) -> torch.Tensor:
     """Mean over heads of w p [t, m], or of p without a weight; a shared score has one p for all heads."""
     if weight_TN is None:
         return shares_ATm.mean(0)
@@ -181,8 +198,13 @@ def _mean_over_heads(shares_ATm: torch.Tensor, weight_TN: torch.Tensor | None) -
     return torch.einsum("ntm,tn->tm", shares_ATm, weight_TN.to(shares_ATm.dtype)) / len(shares_ATm)
 
 
-class _Looked:
-    """The part of one group's attention at the tokens that are looked at."""
+class Looked:
+    """The part of one group's attention at the tokens that are looked at.
+
+    Attributes:
+        tokens: those of them that are in the group, int64, among all of the batch.
+        lse_At: log-sum-exp of their KB logits, before the shift by the number of facts.
+    """
 
     def __init__(self, part: AttendedGroup, wanted_T: torch.Tensor) -> None:
         group = part.group
@@ -192,16 +214,22 @@ class _Looked:
             is_wanted = torch.isin(group.tokens, wanted_T)
             self.places = is_wanted.nonzero().squeeze(1)
             self.tokens = group.tokens[self.places]
+        form = part.form
+        self.query_AtD = form.query_ATD[:, self.places]
+        self.bias_At = None if form.bias_AT is None else form.bias_AT[:, self.places]
+        self.lse_At = part.lse_AT[:, self.places]
         self._part = part
 
-    def views(self):
-        """Per view: the view, and its facts' shares of the softmax over facts in blocks (rows, [A, t, m])."""
-        form, places = self._part.form, self.places
-        query_AtD = form.query_ATD[:, places]
-        bias_At = None if form.bias_AT is None else form.bias_AT[:, places]
+    def facts(self) -> Iterator[tuple[ChunkView, Facts]]:
+        """Per view: the view, and its facts as the tokens' attention scored them."""
         for view, log_weights in self._part.group.views():
-            taken = None if log_weights is None else log_weights.take(places)
-            yield view, shares(query_AtD, bias_At, form.facts(view, taken), self._part.lse_AT[:, places])
+            taken = None if log_weights is None else log_weights.take(self.places)
+            yield view, self._part.form.facts(view, taken)
+
+    def views(self) -> Iterator[tuple[ChunkView, Iterator[tuple[slice, torch.Tensor]]]]:
+        """Per view: the view, and its facts' shares of the softmax over facts in blocks (rows, [A, t, m])."""
+        for view, facts in self.facts():
+            yield view, shares(self.query_AtD, self.bias_At, facts, self.lse_At)
 
 
 class _Sum:
@@ -218,11 +246,11 @@ class _Sum:
             return
         wanted_T = torch.tensor(self._positions, device=weight_TN.device)
         for part in attended.groups:
-            looked = _Looked(part, wanted_T)
+            looked = Looked(part, wanted_T)
             weight_tN = weight_TN[looked.tokens] if self._with_text else None
             for sum_M, (_, blocks) in zip(self._sums, looked.views(), strict=True):
                 for rows, shares_Atm in blocks:
-                    sum_M[rows] += _mean_over_heads(shares_Atm, weight_tN).sum(0)
+                    sum_M[rows] += mean_over_heads(shares_Atm, weight_tN).sum(0)
 
     def mean(self) -> torch.Tensor:
         live = [
@@ -246,7 +274,7 @@ class _TopN:
             return
         wanted_T = torch.tensor(self._tokens, dtype=torch.int64, device=weight_TN.device)
         for part in attended.groups:
-            looked = _Looked(part, wanted_T)
+            looked = Looked(part, wanted_T)
             if not len(looked.tokens):
                 continue
             weight_tN = weight_TN[looked.tokens]
@@ -255,13 +283,13 @@ class _TopN:
             for place, token in enumerate(looked.tokens.tolist()):
                 self._best[layer, token] = (kb_shares[place], best_tn[place].cpu(), ids_tn[place].cpu())
 
-    def _largest(self, looked: _Looked, weight_tN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _largest(self, looked: Looked, weight_tN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         best_tn = weight_tN.new_zeros(len(weight_tN), 0)
         ids_tn = torch.zeros(len(weight_tN), 0, dtype=torch.int64, device=weight_tN.device)
         for view, blocks in looked.views():
             fact_ids_M = view.chunk.fact_ids if view.positions is None else view.fact_ids
             for rows, shares_Atm in blocks:
-                share_tm = _mean_over_heads(shares_Atm, weight_tN)
+                share_tm = mean_over_heads(shares_Atm, weight_tN)
                 found = share_tm.topk(min(self._top_n, share_tm.shape[1]), dim=1)
                 ids = torch.tensor(fact_ids_M[rows])[found.indices.cpu()].to(ids_tn.device)
                 best_tn, ids_tn = torch.cat([best_tn, found.values], 1), torch.cat([ids_tn, ids], 1)
