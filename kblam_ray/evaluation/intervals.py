@@ -46,7 +46,7 @@ NOTHING = Estimate(None, None, None, 0)
 
 
 def wilson(successes: int, count: int) -> Estimate:
-    """A proportion with Wilson's score interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927), which stays within 0..1."""
+    """A proportion with Wilson's score interval, which stays within 0 and 1 (E. B. Wilson, JASA 22, 1927)."""
     if not count:
         return NOTHING
     share, z2 = successes / count, Z_95 * Z_95

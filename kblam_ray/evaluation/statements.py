@@ -4,6 +4,7 @@ Any language and wording: nothing here knows how an answer is phrased, but for a
 Scripts without blanks between words (Han, Kana, Thai, ...) are taken letter by letter.
 """
 
+# ruff: noqa: SIM905 (lists of words)
 from __future__ import annotations
 
 import re
