@@ -237,7 +237,8 @@ class _Host:
         for segment in segments:
             self.check_memory(segment.memory)
         wanted = None if recorder is not None else self._last_tokens(args, kwargs)
-        forward = ForwardPass(segments, next(model.parameters()).device, recorder, wanted)
+        like = next(model.parameters())
+        forward = ForwardPass(segments, like.device, recorder, wanted, self.model.dtype)
         if forward.groups:
             kwargs["knowledge"] = forward
         return args, kwargs

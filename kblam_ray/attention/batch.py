@@ -1,115 +1,31 @@
-"""Which knowledge memory each token of a batch attends to, and the attention of one KB layer over all of them.
+"""The attention over facts of one forward pass: what each KB layer adds to the text's, for all tokens of a batch.
 
 Shape legend: B batch, T prompt tokens, M facts, N query heads, H head dim.
 
-Rows that attend to the same facts are worked on together, whatever their priors are; rows without knowledge never
-enter, so that their output is the base model's to the bit.
+Tokens that attend to the same facts are a group; groups that are alike are stacked and worked on as one, always where
+autograd records the adapter, and else where they are small. Rows without knowledge never enter, so that their output is
+the base model's to the bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.attention.layer_facts import Form, LayerQuery, LogWeights, ScaleOf, layer_form, layer_query
-from kblam_ray.attention.memory import ChunkView, KnowledgeMemory
-from kblam_ray.attention.projections import Projections, exact_dtype, is_differentiable, requires_grad
+from kblam_ray.attention.groups import Group, Knowledge, Segment, groups_of, segments_of_rows
+from kblam_ray.attention.layer_facts import Form, LayerQuery, ScaleOf, layer_form, layer_query
+from kblam_ray.attention.memory import ChunkView
+from kblam_ray.attention.projections import Projections, exact_dtype, is_differentiable
 from kblam_ray.attention.softmax import NO_FACTS, attend, merge, part_weight
-from kblam_ray.errors import InputError, UnsupportedModelError
+from kblam_ray.attention.stacking import Stack, StackAttended, alike, is_cheap_to_copy
+from kblam_ray.errors import UnsupportedModelError
 
-Knowledge = KnowledgeMemory | Sequence[KnowledgeMemory | None] | None
-"""What a caller gives: one memory for all rows, or one (or None) per row."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of tokens of one forward pass, flattened over the batch, and what it attends to."""
-
-    memory: KnowledgeMemory | None
-    start: int
-    stop: int
-
-
-def segments_of_rows(knowledge: Knowledge, batch_size: int, num_tokens: int) -> list[Segment]:
-    """One segment per row of a [batch_size, num_tokens] batch.
-
-    A batch with several rows for each row of knowledge (beams, several answers per prompt) repeats the knowledge
-    row by row, as `generate` repeats prompts.
-
-    Raises:
-        InputError: other things than memories, or their number does not fit the batch.
-    """
-    if knowledge is None or isinstance(knowledge, KnowledgeMemory):
-        return [Segment(knowledge, 0, batch_size * num_tokens)]
-    rows = list(knowledge) if isinstance(knowledge, Sequence) and not isinstance(knowledge, str) else [knowledge]
-    strangers = [type(row).__name__ for row in rows if not isinstance(row, KnowledgeMemory | None)]
-    if strangers:
-        raise InputError(
-            f"{strangers[0]} is no knowledge memory",
-            where="knowledge",
-            help="give memories: `KnowledgeModel.load` makes one of a knowledge base",
-        )
-    if not rows or batch_size % len(rows):
-        raise InputError(
-            f"{len(rows)} knowledge memories for a batch of {batch_size} rows",
-            where="knowledge",
-            help="give one memory for all rows, or a list with one memory or None per row",
-        )
-    repeat = batch_size // len(rows)
-    return [
-        Segment(memory, row * num_tokens, (row + 1) * num_tokens)
-        for row, memory in enumerate(memory for memory in rows for _ in range(repeat))
-    ]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tokens that attend to the same facts through the same adapter, each perhaps with a prior of its own.
-
-    Attributes:
-        memory: any one of their memories.
-        tokens: int64, the tokens among all of the batch; None for all of them.
-        log_weights: per view, what is added to the logits.
-    """
-
-    memory: KnowledgeMemory
-    tokens: torch.Tensor | None
-    log_weights: tuple[LogWeights | None, ...]
-
-    @property
-    def adapter(self) -> KnowledgeAdapter:
-        return self.memory.adapter
-
-    def views(self) -> Iterator[tuple[ChunkView, LogWeights | None]]:
-        return zip(self.memory.views, self.log_weights, strict=True)
-
-    def is_recorded(self, hidden_TX: torch.Tensor) -> bool:
-        """Whether autograd is on and something here wants a gradient: hidden states, adapter or embeddings."""
-        return torch.is_grad_enabled() and (
-            hidden_TX.requires_grad
-            or requires_grad(self.adapter)
-            or any(
-                embeddings_MP.requires_grad
-                for view in self.memory.views
-                for embeddings_MP in (view.chunk.keys_MP, view.chunk.values_MP)
-            )
-        )
-
-    def only(self, wanted_T: torch.Tensor) -> Group | None:
-        """The group with those of its tokens that are wanted; None when there are none."""
-        places = wanted_T
-        if self.tokens is not None:
-            places = torch.isin(self.tokens, wanted_T).nonzero().squeeze(1)
-        if not len(places):
-            return None
-        tokens = places if self.tokens is None else self.tokens[places]
-        taken = (None if weights is None else weights.take(places) for weights in self.log_weights)
-        return Group(self.memory, tokens, tuple(taken))
+__all__ = ["Attended", "AttendedGroup", "ForwardPass", "Group", "Knowledge", "Recorder", "Segment", "segments_of_rows"]
 
 
 class Recorder(Protocol):
@@ -127,6 +43,7 @@ class ForwardPass:
         recorder: sees every KB layer's attention.
         last_tokens: the last decoder layer, and the tokens whose output of it is wanted; others have none of the
             facts there. None: all are wanted.
+        dtype: what the hidden states will be, as far as can be known before; see `Stack`.
 
     Attributes:
         groups: the tokens by what they attend to; tokens without facts are in none.
@@ -140,9 +57,10 @@ class ForwardPass:
         device: torch.device,
         recorder: Recorder | None = None,
         last_tokens: tuple[int, torch.Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_tokens = segments[-1].stop if segments else 0
-        self.groups = [_group(members, self.num_tokens, device) for members in _by_facts(segments).values()]
+        self.groups = groups_of(segments, self.num_tokens, device)
         self.recorder = recorder
         self.served: set[int] = set()
         self.is_over = False
@@ -150,12 +68,30 @@ class ForwardPass:
         self._records = any(is_differentiable(group.adapter) for group in self.groups)
         # Here and not when a layer first asks: gradient checkpointing repeats layers, not what came before them.
         self._projections = {group.adapter: Projections.of(group.adapter) for group in self.groups}
+        for projections in self._projections.values():
+            if not projections.is_kept:
+                projections.cast(dtype)
+        self._parts = self._stacked(dtype)
         self._scales = {
             (group.adapter, view.serial): self._make_scale(group.adapter, view)
-            for group in self.groups
-            if group.adapter.config.kind == "paper"
+            for group in self._parts
+            if isinstance(group, Group) and group.adapter.config.kind == "paper"
             for view in group.memory.views
         }
+
+    def _stacked(self, dtype: torch.dtype) -> list[Stack | Group]:
+        recorded = [group for group in self.groups if group.has_own_gradient()]
+        kept = [group for group in self.groups if not group.has_own_gradient()]
+        parts: list[Stack | Group] = []
+        for stack in alike(recorded):
+            parts.append(Stack(stack, self.num_tokens, self._projections[stack[0].adapter], dtype))
+        # Materialized keys and values lie ready where they are.
+        for stack in alike(group for group in kept if group.memory.form == "latent"):
+            if is_cheap_to_copy(stack):
+                parts.append(Stack(stack, self.num_tokens, self._projections[stack[0].adapter], dtype))
+            else:
+                parts += stack
+        return parts + [group for group in kept if group.memory.form != "latent"]
 
     @property
     def layers(self) -> set[int]:
@@ -177,22 +113,20 @@ class ForwardPass:
                 where=f"layer {layer}",
                 help='enable it with gradient_checkpointing_kwargs={"use_reentrant": False}',
             )
-        groups = [group for group in self.groups if layer in group.adapter.config.layers]
+        parts = [part for part in self._parts if layer in part.adapter.config.layers]
         if self._last_tokens is not None and layer == self._last_tokens[0]:
-            groups = [found for group in groups if (found := group.only(self._last_tokens[1])) is not None]
-        if not groups:
+            parts = _only(parts, self._last_tokens[1])
+        if not parts:
             return None
         # Without anything to differentiate the facts are worked on in blocks, even where autograd was left on.
-        with torch.set_grad_enabled(any(group.is_recorded(hidden_TX) for group in groups)):
+        with torch.set_grad_enabled(any(part.is_recorded(hidden_TX) for part in parts)):
             queries: dict[KnowledgeAdapter, LayerQuery] = {}
-            attended = None
-            for group in groups:
-                if group.adapter not in queries:
-                    projections = self._projections[group.adapter]
-                    queries[group.adapter] = layer_query(group.adapter, layer, projections, hidden_TX)
-                part = self._attend_group(group, layer, queries[group.adapter].take(group.tokens))
-                attended = part if attended is None else attended.beside(part)
-            return attended
+            for part in parts:
+                if part.adapter not in queries:
+                    projections = self._projections[part.adapter]
+                    queries[part.adapter] = layer_query(part.adapter, layer, projections, hidden_TX)
+            attended = [self._attend(part, layer, queries[part.adapter]) for part in parts]
+            return attended[0] if len(attended) == 1 else Attended.side_by_side(attended)
 
     def _check_call(self, layer: int, hidden_TX: torch.Tensor) -> None:
         if layer in self.served and not self.is_over:
@@ -207,21 +141,34 @@ class ForwardPass:
             help="choose a base model whose layers each run once, over all tokens",
         )
 
-    def _attend_group(self, group: Group, layer: int, query: LayerQuery) -> Attended:
-        adapter, memory = group.adapter, group.memory
+    def _attend(self, part: Stack | Group, layer: int, query: LayerQuery) -> Attended:
+        if isinstance(part, Stack):
+            stacked = part.attend(layer, query)
+            lse_TN = self._shifted(part.adapter, stacked.lse_TN, part.log_num_facts(stacked.lse_TN))
+            return Attended(stacked.out_TNH, lse_TN, part.tokens, (stacked,), self.num_tokens, part.may_be_empty)
+        adapter, memory, query = part.adapter, part.memory, query.take(part.tokens)
         form = layer_form(adapter, layer, query, self._projections[adapter], memory.form, self._scale_of(adapter))
-        parts = [attend(form.query_ATD, form.bias_AT, form.facts(*view)) for view in group.views()]
+        parts = [attend(form.query_ATD, form.bias_AT, form.facts(*view)) for view in part.views()]
         mixed_ATV, lse_AT = parts[0]
-        for part in parts[1:]:
-            mixed_ATV, lse_AT = merge(mixed_ATV, lse_AT, *part)
+        for other in parts[1:]:
+            mixed_ATV, lse_AT = merge(mixed_ATV, lse_AT, *other)
         out_TNH, lse_TN = form.finish(mixed_ATV, lse_AT)
-        # `log C - log M` on every KB logit is one addition to the log-sum-exp.
-        if adapter.config.kb_scale is not None:
-            lse_TN = lse_TN + (math.log(adapter.config.kb_scale) - memory.log_num_facts)
-        return Attended(out_TNH, lse_TN, [AttendedGroup(group, form, lse_AT)], self.num_tokens)
+        lse_TN = self._shifted(adapter, lse_TN, memory.log_num_facts)
+        source = AttendedGroup(part, form, lse_AT)
+        return Attended(out_TNH, lse_TN, part.tokens, (source,), self.num_tokens, part.may_be_empty)
+
+    @staticmethod
+    def _shifted(adapter: KnowledgeAdapter, lse_TN: torch.Tensor, log_num_facts: float | torch.Tensor) -> torch.Tensor:
+        """`log C - log M` on every KB logit is one addition to the log-sum-exp."""
+        scale = adapter.config.kb_scale
+        return lse_TN if scale is None else lse_TN + (math.log(scale) - log_num_facts)
 
     def _scale_of(self, adapter: KnowledgeAdapter) -> ScaleOf:
-        return lambda view: self._scales[adapter, view.serial]
+        def scale_of(view: ChunkView) -> torch.Tensor:
+            known = self._scales.get((adapter, view.serial))
+            return self._make_scale(adapter, view) if known is None else known
+
+        return scale_of
 
     def _make_scale(self, adapter: KnowledgeAdapter, view: ChunkView) -> torch.Tensor:
         if is_differentiable(adapter):
@@ -231,9 +178,24 @@ class ForwardPass:
         return view.rows(kept_M)
 
 
+def _only(parts: list[Stack | Group], wanted_T: torch.Tensor) -> list[Stack | Group]:
+    """The parts with those of their tokens that are wanted."""
+    found: list[Stack | Group] = []
+    for part in parts:
+        taken = part.only(wanted_T)
+        found += taken if isinstance(taken, list) else [] if taken is None else [taken]
+    return found
+
+
 @dataclass(frozen=True)
 class AttendedGroup:
-    """What the trace needs to find the share of each fact afterwards."""
+    """What a recorder needs to find the share of each fact of one group.
+
+    Attributes:
+        form: `form.query_ATD` and `form.bias_AT` are those of the group's tokens, in the order of `group.tokens`;
+            `form.facts(view, log_weights)` the facts of each of `group.views()`.
+        lse_AT: log-sum-exp of the group's logits without `log C - log M` and without gates.
+    """
 
     group: Group
     form: Form
@@ -242,82 +204,75 @@ class AttendedGroup:
 
 @dataclass(frozen=True)
 class Attended:
-    """Attention over facts of some tokens: outputs [t, N, H] and log-sum-exps [t, N], the shift included."""
+    """Attention over facts of some tokens: outputs [t, N, H] and log-sum-exps [t, N], the shift included.
+
+    Attributes:
+        tokens: int64 [t], which of the batch's tokens; None for all of them in their order.
+        sources: how it came about, group by group or stack by stack.
+        num_tokens: of the whole batch.
+        may_be_empty: whether some of these tokens may see no fact at all.
+    """
 
     out_TNH: torch.Tensor
     lse_TN: torch.Tensor
-    groups: list[AttendedGroup]
+    tokens: torch.Tensor | None
+    sources: tuple[AttendedGroup | StackAttended, ...]
     num_tokens: int
+    may_be_empty: bool
 
-    def beside(self, other: Attended) -> Attended:
-        """Both, over all tokens of the batch; no token is in two groups."""
-        mine, others = self.spread(), other.spread()
-        out_TNH = mine.out_TNH + others.out_TNH
-        lse_TN = torch.where(others.lse_TN == NO_FACTS, mine.lse_TN, others.lse_TN)
-        return Attended(out_TNH, lse_TN, self.groups + other.groups, self.num_tokens)
+    @classmethod
+    def side_by_side(cls, parts: list[Attended]) -> Attended:
+        """Several parts as one; no token is in two of them."""
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        return cls(
+            torch.cat([part.out_TNH for part in parts]),
+            torch.cat([part.lse_TN for part in parts]),
+            torch.cat(tokens),
+            tuple(source for part in parts for source in part.sources),
+            parts[0].num_tokens,
+            any(part.may_be_empty for part in parts),
+        )
 
-    def spread(self) -> Attended:
-        """Over all tokens of the batch: output 0 and log-sum-exp -inf for those without facts."""
-        if len(self.out_TNH) == self.num_tokens:
-            return self
-        tokens = self.groups[0].group.tokens
-        assert tokens is not None
+    @property
+    def stacks(self) -> list[StackAttended]:
+        """The stacks among its sources: all of them where autograd records the adapter or the embeddings."""
+        return [source for source in self.sources if isinstance(source, StackAttended)]
+
+    @cached_property
+    def groups(self) -> list[AttendedGroup]:
+        """Its sources group by group; those of a stack are made when asked for, with autograd where that is on."""
+        found: list[AttendedGroup] = []
+        for source in self.sources:
+            if isinstance(source, AttendedGroup):
+                found.append(source)
+            else:
+                found += [AttendedGroup(group, *source.form_of(row)) for row, group in enumerate(source.stack.groups)]
+        return found
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every token of the batch surely sees a fact."""
+        return self.tokens is None and not self.may_be_empty
+
+    def spread(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs and log-sum-exps of all tokens of the batch: 0 and -inf for those without facts."""
+        if self.tokens is None:
+            return self.out_TNH, self.lse_TN
         out_TNH = self.out_TNH.new_zeros(self.num_tokens, *self.out_TNH.shape[1:])
         lse_TN = self.lse_TN.new_full((self.num_tokens, self.lse_TN.shape[1]), NO_FACTS)
-        out_TNH = out_TNH.index_copy(0, tokens, self.out_TNH)
-        return Attended(out_TNH, lse_TN.index_copy(0, tokens, self.lse_TN), self.groups, self.num_tokens)
+        return out_TNH.index_copy(0, self.tokens, self.out_TNH), lse_TN.index_copy(0, self.tokens, self.lse_TN)
 
     def merge_with_text(self, text_BTNH: torch.Tensor, lse_BNT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One softmax over [facts | text]: outputs [B, T, N, H] in the text's dtype, and the facts' weight [T, N].
 
         A token without facts keeps the text's output to the bit.
         """
-        spread = self.spread()
-        lse_text_TN = lse_BNT.transpose(1, 2).flatten(0, 1).to(spread.lse_TN.dtype)
-        weight_TN = part_weight(spread.lse_TN, lse_text_TN)
+        kb_TNH, lse_TN = self.spread()
+        lse_text_TN = lse_BNT.transpose(1, 2).flatten(0, 1).to(lse_TN.dtype)
+        weight_TN = torch.sigmoid(lse_TN - lse_text_TN) if self.is_everywhere else part_weight(lse_TN, lse_text_TN)
         text_TNH = text_BTNH.flatten(0, 1).to(exact_dtype(text_BTNH.dtype))
-        out_TNH = torch.lerp(text_TNH, spread.out_TNH.to(text_TNH.dtype), weight_TN[..., None])
-        out_TNH = torch.where(spread.lse_TN[..., None] == NO_FACTS, text_TNH, out_TNH)
+        out_TNH = torch.lerp(text_TNH, kb_TNH.to(text_TNH.dtype), weight_TN[..., None])
+        if not self.is_everywhere:
+            out_TNH = torch.where(lse_TN[..., None] == NO_FACTS, text_TNH, out_TNH)
         # Contiguous, as the library's own functions give it: some families take a view of it.
         return out_TNH.to(text_BTNH.dtype).view(text_BTNH.shape).contiguous(), weight_TN
-
-
-def _by_facts(segments: list[Segment]) -> dict[tuple, list[Segment]]:
-    found: dict[tuple, list[Segment]] = {}
-    for segment in segments:
-        memory = segment.memory
-        if memory is not None and memory.num_facts and segment.stop > segment.start:
-            found.setdefault((id(memory.adapter), memory.form, memory.facts_key), []).append(segment)
-    return found
-
-
-def _group(members: list[Segment], num_tokens: int, device: torch.device) -> Group:
-    memories = [segment.memory for segment in members if segment.memory is not None]
-    lengths = [segment.stop - segment.start for segment in members]
-    tokens = None
-    if sum(lengths) < num_tokens:
-        tokens = torch.cat([torch.arange(segment.start, segment.stop) for segment in members]).to(device)
-    distinct = list({_prior_key(memory): memory for memory in memories}.values())
-    place_T = None
-    if len(distinct) > 1:
-        keys = [_prior_key(memory) for memory in distinct]
-        places = torch.tensor([keys.index(_prior_key(memory)) for memory in memories])
-        place_T = places.repeat_interleave(torch.tensor(lengths)).to(device)
-    log_weights = tuple(_log_weights(distinct, place, place_T) for place in range(len(memories[0].views)))
-    return Group(memories[0], tokens, log_weights)
-
-
-def _prior_key(memory: KnowledgeMemory) -> int:
-    return 0 if memory.priors is None else id(memory.priors)
-
-
-def _log_weights(memories: list[KnowledgeMemory], view_place: int, place_T: torch.Tensor | None) -> LogWeights | None:
-    """The distinct log weights of one view of memories that differ only by their prior."""
-    rows = []
-    for memory in memories:
-        view = memory.views[view_place]
-        rows.append(view.log_weights_M if memory.priors is None else memory.priors[view_place])
-    if all(row_M is None for row_M in rows):
-        return None
-    like = next(row_M for row_M in rows if row_M is not None)
-    return LogWeights(torch.stack([torch.zeros_like(like) if row_M is None else row_M for row_M in rows]), place_T)

@@ -44,7 +44,7 @@ class LayerQuery:
     query: torch.Tensor
     gate_TN: torch.Tensor | None
 
-    def take(self, tokens: torch.Tensor | None) -> LayerQuery:
+    def take(self, tokens: torch.Tensor | slice | None) -> LayerQuery:
         """Those of some tokens; None: of all."""
         if tokens is None:
             return self
@@ -90,9 +90,20 @@ class Form(ABC):
 
 
 def layer_form(
-    adapter: KnowledgeAdapter, layer: int, query: LayerQuery, projections: Projections, form: str, scale_of: ScaleOf
+    adapter: KnowledgeAdapter,
+    layer: int,
+    query: LayerQuery,
+    projections: Projections,
+    form: str,
+    scale_of: ScaleOf,
+    *,
+    is_expanded: bool | None = None,
 ) -> Form:
-    """The form in which a memory's facts meet these queries."""
+    """The form in which a memory's facts meet these queries.
+
+    Args:
+        is_expanded: whether a latent kind "paper" makes keys and values; None: if that takes fewer operations.
+    """
     is_materialized = form == "materialized"
     weights = projections.layer(layer, query.query.dtype)
     if adapter.config.kind == "shared":
@@ -103,7 +114,10 @@ def layer_form(
         )
     if is_materialized:
         return PaperMaterialized(adapter, layer, query)
-    if is_cheaper_expanded(num_tokens=len(query.query), head_dim=query.query.shape[-1], dim=adapter.config.dim):
+    if is_expanded is None:
+        num_tokens, head_dim = len(query.query), query.query.shape[-1]
+        is_expanded = is_cheaper_expanded(num_tokens=num_tokens, head_dim=head_dim, dim=adapter.config.dim)
+    if is_expanded:
         return PaperExpanded(weights, query, scale_of)
     return PaperLatent(weights, query, scale_of)
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.attention.partitioned import check_gathered
 
 LAYER_NORM_EPS = 1e-5
 FACTS_PER_BLOCK = 8_192
@@ -61,14 +62,34 @@ class QueryWeights:
     gate_bias: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class WholeWeights:
+    """The projections of all slots of kind "paper" in one dtype, Z = S*N*H: centred keys, and values."""
+
+    key_ZP: torch.Tensor
+    key_bias_Z: torch.Tensor
+    value_ZP: torch.Tensor
+    value_bias_Z: torch.Tensor
+
+
 class Projections:
-    """Everything derived from the weights of one adapter, differentiable in them unless built without autograd."""
+    """Everything derived from the weights of one adapter, differentiable in them unless built without autograd.
+
+    Attributes:
+        is_kept: built without autograd, for more than one forward pass.
+
+    Raises:
+        AdapterError: the tensors are partitioned over processes, and not gathered now.
+    """
 
     def __init__(self, adapter: KnowledgeAdapter) -> None:
+        check_gathered(adapter)
         config, shape = adapter.config, adapter.config.base_shape
         self._layers = {layer: config.slot_of(layer) for layer in config.layers}
         self._is_paper = config.kind == "paper"
-        self._is_kept = not is_differentiable(adapter)
+        self.is_kept = not is_differentiable(adapter)
+        self._gram: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._whole: dict[torch.dtype, tuple[torch.Tensor, ...]] = {}
         self._cast: dict[tuple[int, torch.dtype], LayerWeights] = {}
         self._cast_queries: dict[tuple[int, torch.dtype], QueryWeights] = {}
         self._queries = {layer: self._query_tensors(adapter, str(layer)) for layer in config.layers}
@@ -84,9 +105,8 @@ class Projections:
             weight_RP, bias_R = adapter.key_projection.weight.to(exact), adapter.key_projection.bias.to(exact)
             weight_RP, bias_R = weight_RP - weight_RP.mean(0), bias_R - bias_R.mean()
             self._key_SNHP, self._key_bias_SNH = weight_RP.unflatten(0, heads), bias_R.unflatten(0, heads)
-            self._gram_PP = weight_RP.T @ weight_RP / len(weight_RP)
-            self._cross_P = 2 * (bias_R @ weight_RP) / len(weight_RP)
-            self._bias_square = bias_R.square().mean()
+            if self.is_kept:
+                self._gram_terms()
 
     @classmethod
     def of(cls, adapter: KnowledgeAdapter) -> Projections:
@@ -101,6 +121,26 @@ class Projections:
                 known = (key, cls(adapter))
             _KNOWN[adapter] = known
         return known[1]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Make what all KB layers read as `dtype`, once for a whole forward pass with autograd.
+
+        For the beginning of a pass: gradient checkpointing repeats layers, which must see the same operations again.
+        """
+        slots = [*zip(*(part.unbind(0) for part in self._sources(dtype)), strict=True)]
+        for layer, slot in self._layers.items():
+            self._cast[layer, dtype] = LayerWeights(*slots[slot])
+            self._cast_queries[layer, dtype] = self._query_weights(layer, dtype)
+
+    def whole(self, dtype: torch.dtype) -> WholeWeights:
+        """The projections of all slots, of kind "paper", as `dtype`."""
+        return WholeWeights(*(part.flatten(0, 2) for part in self._sources(dtype)))
+
+    def _sources(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        if dtype not in self._whole:
+            parts = (self._key_SNHP, self._key_bias_SNH, self._value_SNHP, self._value_bias_SNH)
+            self._whole[dtype] = tuple(part.to(dtype) for part in parts)
+        return self._whole[dtype]
 
     def layer(self, layer: int, dtype: torch.dtype) -> LayerWeights:
         """What KB layer `layer` reads of the facts' projections, as `dtype`."""
@@ -117,10 +157,10 @@ class Projections:
         dtype: torch.dtype,
         make: Callable[[int, torch.dtype], Weights],
     ) -> Weights:
-        if not self._is_kept:
-            # Not even between layers: gradient checkpointing repeats a layer and must see the same operations again.
-            return make(layer, dtype)
         if (layer, dtype) not in known:
+            if not self.is_kept:
+                # Not even between layers: gradient checkpointing repeats a layer and must see the same operations.
+                return make(layer, dtype)
             with torch.inference_mode(False), torch.no_grad():
                 known[layer, dtype] = make(layer, dtype)
         return known[layer, dtype]
@@ -144,17 +184,32 @@ class Projections:
 
     def _own(self, parameter: torch.Tensor) -> torch.Tensor:
         # A view of a parameter requires a gradient even when made without autograd.
-        return parameter.detach() if self._is_kept else parameter
+        return parameter.detach() if self.is_kept else parameter
 
     def fact_scale(self, keys_MP: torch.Tensor) -> torch.Tensor:
         """r_m of each fact: float32 [M] (float64 where the adapter is)."""
         blocks = [self._scale_block(block_MP) for block_MP in keys_MP.split(FACTS_PER_BLOCK)]
-        return torch.cat(blocks) if blocks else self._cross_P.new_empty(0)
+        return torch.cat(blocks) if blocks else self._key_bias_SNH.new_empty(0)
 
     def _scale_block(self, keys_MP: torch.Tensor) -> torch.Tensor:
-        keys_MP = keys_MP.to(self._gram_PP.dtype)
-        variance_M = (keys_MP @ self._gram_PP + self._cross_P).mul(keys_MP).sum(-1) + self._bias_square
+        gram_PP, cross_P, bias_square = self._gram_terms()
+        keys_MP = keys_MP.to(gram_PP.dtype)
+        variance_M = (keys_MP @ gram_PP + cross_P).mul(keys_MP).sum(-1) + bias_square
         return torch.rsqrt(variance_M.clamp_min(0) + LAYER_NORM_EPS)
+
+    def _gram_terms(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """G, c and the mean of b_K^2; made when first asked for, since projected keys need none of them."""
+        if self._gram is None:
+            weight_ZP, bias_Z = self._key_SNHP.flatten(0, 2), self._key_bias_SNH.flatten()
+            gram_PP = weight_ZP.T @ weight_ZP / len(weight_ZP)
+            self._gram = (gram_PP, 2 * (bias_Z @ weight_ZP) / len(weight_ZP), bias_Z.square().mean())
+        return self._gram
+
+
+def scale_of_keys(keys_XZ: torch.Tensor) -> torch.Tensor:
+    """r_m of centred projected keys [..., Z] themselves, `1 / sqrt(mean(key^2) + eps)`: float32 [...], or float64."""
+    norm_X = torch.linalg.vector_norm(keys_XZ, dim=-1, dtype=exact_dtype(keys_XZ.dtype))
+    return torch.rsqrt(norm_X.square() / keys_XZ.shape[-1] + LAYER_NORM_EPS)
 
 
 @contextmanager

@@ -42,10 +42,11 @@ class Facts(Protocol):
         """Keys and values of some rows: [m, D] or [A, m, D], and [m, V] or [A, m, V], in the queries' dtype."""
 
     def scale_M(self) -> torch.Tensor | None:
-        """What each fact's score is multiplied by, or None."""
+        """What each fact's score is multiplied by: [M], or [A, 1, M]; or None."""
 
     def log_weights(self, rows: slice, tokens: slice) -> torch.Tensor | None:
-        """What is added to the logits after scaling: [m] or [t, m], -inf where a fact is hidden; None for nothing."""
+        """What is added to the logits after scaling: [m], [t, m] or [A, t or 1, m], -inf where a fact is hidden; None
+        for nothing."""
 
 
 def attend(query_ATD: torch.Tensor, bias_AT: torch.Tensor | None, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,6 +98,14 @@ def shares(
         yield rows, torch.exp(logits_ATm - lse_AT[..., None])
 
 
+def logits_of(query_ATD: torch.Tensor, bias_AT: torch.Tensor | None, facts: Facts) -> torch.Tensor:
+    """The logits [A, T, M] of all facts at once, float32 (float64 for float64 queries)."""
+    everything = slice(0, facts.num_rows)
+    keys, _ = facts.block(everything)
+    scores_ATM = torch.matmul(query_ATD, keys.transpose(-1, -2))
+    return _Terms.of(bias_AT, facts, everything, slice(0, query_ATD.shape[1])).logits(scores_ATM)
+
+
 def merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +146,16 @@ class _Terms:
         scale_M = facts.scale_M()
         return cls(
             None if bias_AT is None else bias_AT[:, tokens, None],
-            None if scale_M is None else scale_M[rows],
+            None if scale_M is None else scale_M[..., rows],
             facts.log_weights(rows, tokens),
         )
 
     def of_heads(self, heads: slice) -> _Terms:
-        return _Terms(None if self.bias_At1 is None else self.bias_At1[heads], self.scale_m, self.log_weights)
+        bias_at1 = None if self.bias_At1 is None else self.bias_At1[heads]
+        scale, weights = (
+            part[heads] if part is not None and part.dim() == 3 else part for part in (self.scale_m, self.log_weights)
+        )
+        return _Terms(bias_at1, scale, weights)
 
     def logits(self, scores_Atm: torch.Tensor) -> torch.Tensor:
         """In float32, or float64 for float64 scores; the scores themselves may be overwritten without autograd."""
