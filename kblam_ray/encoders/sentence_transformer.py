@@ -54,6 +54,11 @@ class SentenceTransformerEncoder(Encoder):
     def __init__(self, spec: EncoderSpec, tokenizer: TextTokenizer, run: Run, batch_tokens: int) -> None:
         self.spec, self._tokenizer, self._run, self._batch_tokens = spec, tokenizer, run, batch_tokens
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """The tokens that the encoder knows, as its tokenizer writes them, in the order of their ids."""
+        return self._tokenizer.vocabulary
+
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
         """Embed texts; tokens include the special ones and exclude padding."""
         found = self._tokenizer.tokenize(texts)

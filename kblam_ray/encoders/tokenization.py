@@ -63,6 +63,12 @@ class TextTokenizer:
         else:
             self._tokenizer.enable_truncation(settings.max_tokens)
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """All tokens, as the tokenizer writes them, in the order of their ids."""
+        vocabulary = self._tokenizer.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         prompt, unknown_id = self.settings.prompt, self.settings.unknown_id
         # A list is what the library wants; without the prompt it costs no copy of the texts.
