@@ -277,7 +277,7 @@ class _Fit:
         )
 
     def _values(self, statistics: Statistics, layer: int, rows: HeldOutRows) -> ValueFit:
-        return fit_values(statistics, layer, rows, self.held_out.values_MP, self.settings.ridges, self.device)
+        return fit_values(statistics, layer, rows, self.held_out.values_MP, self.device)
 
     def _gate(self, statistics: Statistics, layer: int, task: HeldOutTask, query: Query, shift: float) -> GateFit:
         scores = {part: task.scores(query.weight_PX, part) for part in (OTHER, PROMPT, COPY, VALUE)}

@@ -9,7 +9,6 @@ what cannot be guessed, the mean tells what it is about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,8 @@ import torch
 from kblam_ray.training.closed_form.collect import HeldOutRows
 from kblam_ray.training.closed_form.discriminant import solve_ridge
 from kblam_ray.training.closed_form.statistics import Statistics, with_one
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ def fit_values(
     layer: int,
     rows: HeldOutRows,
     held_out_values_MP: np.ndarray,
-    ridges: Sequence[float],
     device: torch.device,
 ) -> ValueFit:
     """The regressions of one layer, each at the ridge that explains most on held-out values."""
@@ -58,7 +58,7 @@ def fit_values(
         target_nV = rows.values[layer][place].to(device)
         variance = (target_nV - target_nV.mean(0)).square().sum().clamp_min(1e-12)
         best: tuple[float, torch.Tensor] | None = None
-        for ridge in ridges:
+        for ridge in RIDGES:
             weight_PV = solve_ridge(square_PP, cross_PV, ridge)
             error = (embeddings_nP @ weight_PV - target_nV).square().sum()
             explained = (1 - error / variance).item()

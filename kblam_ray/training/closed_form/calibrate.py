@@ -1,0 +1,233 @@
+"""Settings of a finished adapter that need no training: question prior, retrieval layers, refusal decision.
+
+Chosen on questions about held-out facts, asked of knowledge bases of several sizes, for an adapter fitted in closed
+form or trained. The settings are for use with the question prior; what attention finds alone stays
+measurable by setting the prior to 0. Shape legend: M facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.errors import InputError
+from kblam_ray.facts.questions import Question, QuestionMaker
+from kblam_ray.model.embedded_memory import memory_of
+from kblam_ray.model.knowledge_model import KnowledgeModel
+from kblam_ray.model.prior import QuestionPrior
+from kblam_ray.model.refusal import evidence
+from kblam_ray.table.embedded import EmbeddedFacts
+from kblam_ray.training.closed_form.collect import shares_of
+from kblam_ray.training.closed_form.logistic import fit_refusal
+from kblam_ray.training.closed_form.positions import messages_of
+from kblam_ray.training.closed_form.prior_search import CONTEXTS, PriorScores, PriorSearch
+from kblam_ray.training.closed_form.prompt_logits import prompt_logits
+from kblam_ray.training.closed_form.settings import CALIBRATION_MIX, CalibrationSettings
+
+PROMPTS_PER_BATCH = 8
+SELECTED_FACTS = 100
+"""K of the `similar:K` by which `selection_log_m` is chosen."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found.
+
+    Attributes:
+        settings: fields of `AdapterConfig`: `adapter.configure(**settings)`.
+        report: JSON-able figures: by size retrieval with attention alone and with the prior, F1 of refusing.
+    """
+
+    settings: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def calibrate(
+    model: KnowledgeModel,
+    facts: EmbeddedFacts,
+    settings: CalibrationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The settings of `calibration`, which see, without the report."""
+    return calibration(model, facts, settings, progress=progress).settings
+
+
+def calibration(
+    model: KnowledgeModel,
+    facts: EmbeddedFacts,
+    settings: CalibrationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Choose a model's settings by questions about facts that its adapter was not trained on.
+
+    The adapter is as before afterwards. Of about equal choices the one with the least cross-entropy is taken.
+
+    Args:
+        model: with its tokenizer; its encoder is loaded where a prior is calibrated.
+        facts: held out, embedded by the adapter's encoder.
+
+    Raises:
+        InputError: fewer than two facts, or questions that they do not allow.
+        EncoderMismatchError, EncoderNotFoundError, EncoderError: the encoder of the adapter cannot be had, or the facts
+            come from another one.
+    """
+    settings = settings or CalibrationSettings()
+    if len(facts) < 2:
+        raise InputError(f"{len(facts)} facts", where="calibration", help="give at least two held-out facts")
+    say = progress or (lambda text: None)
+    tables = [
+        _Table.of(model, facts, size, settings) for size in sorted({min(n, len(facts)) for n in settings.kb_sizes})
+    ]
+    config = model.adapter.config
+    # The prior is added in the search: the model's own must not be in the logits.
+    with _configured(model, question_prior=0.0, prior_lexical=0.0):
+        search = PriorSearch.over(settings, config.layers)
+        for table in tables:
+            for question, logits in table.logits(model):
+                prior = table.prior_scores(model, question) if settings.use_prior else None
+                search.add(len(table.facts), logits, question.facts, prior)
+            say(f"{len(table.facts)} facts: {len(table.answerable)} questions scored")
+    layers = search.best_layers()
+    beta, gamma, context = search.best_prior(layers)
+    found: dict[str, Any] = {"retrieval_layers": list(layers)}
+    report: dict[str, Any] = {"attention_alone": _figures(search, layers, (0.0, 0.0, "last"))}
+    if settings.use_prior:
+        found |= {"question_prior": beta, "prior_lexical": gamma, "prior_context": context}
+        report["with_prior"] = _figures(search, layers, (beta, gamma, context))
+        found["selection_log_m"] = _selection_log_m(model, tables[-1], found)
+    if settings.use_refusal:
+        examples, has_answer, groups = [], [], []
+        with _configured(model, **found):
+            for table in tables:
+                for question in (*table.answerable, *table.unanswerable):
+                    examples.append(table.evidence(model, question))
+                    has_answer.append(bool(question.facts))
+                    groups.append(len(table.facts))
+                say(f"{len(table.facts)} facts: {len(table.unanswerable)} questions without an answer looked at")
+        refusal = fit_refusal(examples, has_answer, groups, seed=settings.seed)
+        found |= {"refusal_weights": refusal.weights, "refusal_threshold": refusal.threshold}
+        report["refusal_f1"] = {size: round(f1, 4) for size, f1 in refusal.f1.items()}
+    return Calibration(found, report)
+
+
+def _figures(search: PriorSearch, layers: tuple[int, ...], setting: tuple) -> dict[int, dict[str, float]]:
+    return {
+        size: {"top_1": round(found, 4), "cross_entropy": round(cross_entropy, 4)}
+        for size, (found, cross_entropy) in search.figures(layers, setting).items()
+    }
+
+
+@contextmanager
+def _configured(model: KnowledgeModel, **settings: Any) -> Iterator[None]:
+    """The model's adapter has other settings for a while."""
+    before = {name: getattr(model.adapter.config, name) for name in settings}
+    model.adapter.configure(**settings)
+    try:
+        yield
+    finally:
+        model.adapter.configure(**before)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A knowledge base of one size with questions of it."""
+
+    facts: EmbeddedFacts
+    memory: KnowledgeMemory
+    answerable: tuple[Question, ...]
+    unanswerable: tuple[Question, ...]
+
+    @classmethod
+    def of(cls, model: KnowledgeModel, facts: EmbeddedFacts, size: int, settings: CalibrationSettings) -> _Table:
+        chosen = facts.take(_rows_by_entity(facts, size, settings.seed))
+        maker = QuestionMaker(chosen.facts, settings.seed)
+        mix = shares_of(maker, settings.question_mix, CALIBRATION_MIX)
+        # Of a table with the values of one key side by side, all of them are asked for.
+        answerable = tuple(maker.questions(0, settings.num_questions, mix))
+        unanswerable = tuple(maker.make("unanswerable", number) for number in range(settings.num_unanswerable))
+        memory = memory_of(
+            model.adapter,
+            chosen,
+            device=model.device,
+            dtype=torch.bfloat16 if model.dtype == torch.bfloat16 else None,
+        )
+        return cls(chosen, memory, answerable, unanswerable)
+
+    def logits(self, model: KnowledgeModel) -> Iterator[tuple[Question, dict[int, torch.Tensor]]]:
+        """The answerable questions, each with its logits by KB layer, [A, M]."""
+        pad_id = model.chat.tokenizer.pad_token_id or 0
+        rendered = [(question, model.chat.render(messages_of(question))) for question in self.answerable]
+        rendered.sort(key=lambda one: len(one[1]))
+        for start in range(0, len(rendered), PROMPTS_PER_BATCH):
+            batch = rendered[start : start + PROMPTS_PER_BATCH]
+            found = prompt_logits(model.attachment, [prompt for _, prompt in batch], self.memory, pad_id)
+            for row, (question, _) in enumerate(batch):
+                yield question, {layer: logits_BAM[row] for layer, logits_BAM in found.items()}
+
+    def prior_scores(self, model: KnowledgeModel, question: Question) -> PriorScores:
+        messages = messages_of(question)
+        cosines, named = {}, {}
+        texts: dict[str, str] = {}
+        for context in CONTEXTS:
+            prior = QuestionPrior(model.prior.encoder, 1.0, context)  # type: ignore[arg-type]
+            text = prior.question(messages)
+            known = next((other for other in texts if texts[other] == text), None)
+            texts[context] = text
+            if known is not None:
+                cosines[context], named[context] = cosines[known], named[known]
+                continue
+            cosines[context] = prior.cosines(self.memory, text).float()
+            # One index of the entities for all questions: the model's own prior keeps it.
+            named[context] = model.prior.names_entity(self.memory, text).to(self.memory.device).float()
+        return PriorScores(cosines, named)
+
+    def evidence(self, model: KnowledgeModel, question: Question) -> dict[str, float]:
+        """The features that the refusal decision rests on."""
+        messages = messages_of(question)
+        prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
+        request = model.prepare(self.memory, messages)
+        assert request is not None
+        return evidence(model, prompt_ids, request, messages)
+
+
+def _rows_by_entity(facts: EmbeddedFacts, size: int, seed: int) -> np.ndarray:
+    """Rows of `size` facts: whole entities at random, of the last one as many facts as fit."""
+    rows_of: dict[str, list[int]] = {}
+    for row, fact in enumerate(facts.facts):
+        rows_of.setdefault(fact.entity, []).append(row)
+    entities = list(rows_of)
+    order = np.random.default_rng(seed).permutation(len(entities))
+    chosen = [row for at in order for row in rows_of[entities[at]]][:size]
+    return np.array(chosen, np.int64)
+
+
+@torch.no_grad()
+def _selection_log_m(model: KnowledgeModel, table: _Table, found: dict[str, Any]) -> str:
+    """The M of the shift with which answers from a selection of the facts have the least loss."""
+    config = model.adapter.config
+    if config.kb_scale is None or len(table.facts) <= SELECTED_FACTS:
+        return config.selection_log_m  # without a shift, or a selection, there is nothing to choose
+    losses = {}
+    for choice in ("whole", "selection"):
+        with _configured(model, **found, selection_log_m=choice):
+            losses[choice] = sum(_answer_loss(model, table, question) for question in table.answerable[:64])
+    return min(losses, key=losses.__getitem__)
+
+
+def _answer_loss(model: KnowledgeModel, table: _Table, question: Question) -> float:
+    messages: Sequence[dict[str, str]] = messages_of(question)
+    ids, start = model.chat.render_with_answer(messages, question.answer)
+    request = model.prepare(table.memory, messages, f"similar:{SELECTED_FACTS}")
+    ids_1T = torch.tensor([ids], device=model.device)
+    logits_TV = model(ids_1T, knowledge=request).logits[0, start - 1 : -1].float()
+    return torch.nn.functional.cross_entropy(logits_TV, ids_1T[0, start:]).item()
