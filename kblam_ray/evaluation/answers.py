@@ -5,22 +5,16 @@ Shape legend: B prompts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.evaluation.retrieval import padded
-from kblam_ray.model.asking import check_length, stop_ids
+from kblam_ray.model.asking import _check_length as check_length
+from kblam_ray.model.asking import _stop_ids as stop_ids
 from kblam_ray.model.knowledge_model import KnowledgeModel
-
-
-def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of the prompts, batch by batch, those of like length together: padding is work for nothing."""
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 @torch.no_grad()

@@ -1,0 +1,109 @@
+"""How the model with its adapter does on the questions of a task: retrieval, answers, refusals.
+
+Shape legend: M facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.attention.prompt_trace import Evidence
+from kblam_ray.evaluation.answers import generate_answers
+from kblam_ray.evaluation.metrics import retrieval_ranks
+from kblam_ray.evaluation.outcomes import Outcome, System, judged
+from kblam_ray.evaluation.questions import Asked
+from kblam_ray.evaluation.retrieval import evidence_of
+from kblam_ray.evaluation.task import Task
+from kblam_ray.model.asking import is_refusal
+from kblam_ray.model.prior import QuestionPrior
+
+
+def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outcome]]:
+    """Outcomes of attention under the adapter's settings as they are now, question by question.
+
+    Args:
+        has_prior: whether these settings have a question prior, for the name.
+    """
+    settings, model = task.settings, task.model
+    groundings = [] if settings.retrieval_only else list(dict.fromkeys(settings.grounding))
+    prior = None if task.encoder is None else QuestionPrior.of(model.adapter.config, task.encoder)
+    found: dict[System, dict[int, Outcome]] = {}
+    named = f"attention {'with prior' if has_prior else 'alone'}"
+    for numbers in task.batches(named):
+        questions = [task.questions[number] for number in numbers]
+        prompts = [task.prompts[number] for number in numbers]
+        memories = [_request(task.memory, question, prior if has_prior else None) for question in questions]
+        evidence = evidence_of(model.attachment, prompts, memories)
+        statistics = _statistics(task, questions, memories, evidence)
+        outcomes = {System("attention", has_prior): _retrieved(task, questions, evidence, statistics)}
+        if "off" in groundings:
+            texts = generate_answers(model, prompts, memories, settings.max_new_tokens)
+            outcomes[System("attention", has_prior, "off")] = _answered(task, questions, texts, statistics)
+        for grounding in groundings:
+            if grounding != "off":
+                outcomes[System("attention", has_prior, grounding)] = _asked(task, questions, statistics, grounding)
+        for system, batch in outcomes.items():
+            found.setdefault(system, {}).update(zip(numbers, batch, strict=True))
+    return {system: [by_number[number] for number in sorted(by_number)] for system, by_number in found.items()}
+
+
+def _request(memory: KnowledgeMemory, question: Asked, prior: QuestionPrior | None) -> KnowledgeMemory:
+    return memory if prior is None else prior.apply(memory, question.messages)
+
+
+def _statistics(
+    task: Task, questions: Sequence[Asked], memories: Sequence[KnowledgeMemory], evidence: Sequence[Evidence]
+) -> list[float]:
+    return [float(one.scores_M.max()) for one in evidence]
+
+
+def _retrieved(
+    task: Task, questions: Sequence[Asked], evidence: Sequence[Evidence], statistics: Sequence[float]
+) -> list[Outcome]:
+    threshold = task.model.adapter.config.refusal_threshold
+    return [
+        Outcome(
+            ranks=tuple(retrieval_ranks(one.scores_M.cpu().numpy(), question.wanted)) or None,
+            statistic=statistic,
+            refused=None if threshold is None else statistic < threshold,
+        )
+        for question, one, statistic in zip(questions, evidence, statistics, strict=True)
+    ]
+
+
+def _answered(
+    task: Task, questions: Sequence[Asked], texts: Sequence[str], statistics: Sequence[float]
+) -> list[Outcome]:
+    config = task.model.adapter.config
+    threshold = float("-inf") if config.refusal_threshold is None else config.refusal_threshold
+    return [
+        judged(
+            question,
+            task.values,
+            text,
+            refused=statistic < threshold or is_refusal(text, config.refusal_text),
+            statistic=statistic,
+        )
+        for question, text, statistic in zip(questions, texts, statistics, strict=True)
+    ]
+
+
+def _asked(task: Task, questions: Sequence[Asked], statistics: Sequence[float], grounding: str) -> list[Outcome]:
+    found = []
+    row_of = {fact_id: row for row, fact_id in enumerate(task.facts.fact_ids_M.tolist())}
+    for question, statistic in zip(questions, statistics, strict=True):
+        answer = task.model.ask(
+            list(question.messages), task.memory, grounding=grounding, max_new_tokens=task.settings.max_new_tokens
+        )
+        found.append(
+            judged(
+                question,
+                task.values,
+                answer.text,
+                refused=answer.refused,
+                statistic=statistic,
+                cited=[row_of[citation.fact_id] for citation in answer.citations],
+            )
+        )
+    return found

@@ -1,0 +1,1 @@
+"""What a knowledge model is compared with, on the same questions and the same facts."""
