@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kblam_ray.attention.batch import ForwardPass
 from kblam_ray.attention.decoder import eager_function, refuse_other_terms, unsupported_implementation
-from kblam_ray.attention.text import sdpa_with_log_sum_exp, text_log_sum_exp
+from kblam_ray.attention.text import is_plain, plain_attention, sdpa_with_log_sum_exp, text_log_sum_exp
 from kblam_ray.errors import InputError
 
 ATTENTION_NAME = "kblam_ray"
@@ -110,9 +110,18 @@ def knowledge_attention(
     if attended is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     refuse_other_terms(site.implementation, type(module).__name__, kwargs)
+    # Of a token that surely sees facts no text output stands alone: none of them has to be the library's to the bit.
+    may_be_plain = attended.is_everywhere
     if site.implementation == "sdpa":
-        text_BTNH, lse_BNT = sdpa_with_log_sum_exp(function, module, query, key, value, attention_mask, **kwargs)
+        text_BTNH, lse_BNT = sdpa_with_log_sum_exp(
+            function, module, query, key, value, attention_mask, may_be_plain=may_be_plain, **kwargs
+        )
         weights_BNTS = None
+    elif site.implementation == "eager" and may_be_plain and is_plain(query, key, value, kwargs.get("dropout", 0.0)):
+        text_BNTH, lse_BNT, weights_BNTS = plain_attention(
+            query, key, value, attention_mask, scale=kwargs.get("scaling")
+        )
+        text_BTNH = text_BNTH.transpose(1, 2)
     elif site.implementation == "eager":
         text_BTNH, weights_BNTS = function(module, query, key, value, attention_mask, **kwargs)
         lse_BNT = text_log_sum_exp(query, key, attention_mask, scale=kwargs.get("scaling"))

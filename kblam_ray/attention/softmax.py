@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kblam_ray.attention.projections import exact_dtype
 
@@ -117,6 +118,43 @@ def merge(
     return torch.lerp(out_a, out_b, part_weight(lse_b, lse_a)[..., None]), lse
 
 
+def softmax_with_log_sum_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax of logits [..., m] and their log-sum-exp [...], differentiable; some logit of each row is finite."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _SoftmaxWithLogSumExp.apply(logits)
+    return _weights_and_log_sum(logits)
+
+
+def _weights_and_log_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.softmax(logits, -1)
+    # The largest weight is exp(largest logit - lse), at least 1/m: cheaper than exponentials a second time.
+    return weights, logits.amax(-1) - weights.amax(-1).log()
+
+
+class _SoftmaxWithLogSumExp(torch.autograd.Function):
+    """Both in one, with one backward: `p * (dp - sum(p dp) + dlse)`, the gradient of the log-sum-exp being p itself.
+
+    Two separate operations would exponentiate twice forwards, and twice more backwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, lse = _weights_and_log_sum(logits)
+        ctx.save_for_backward(weights)
+        ctx.set_materialize_grads(False)
+        return weights, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> torch.Tensor | None:
+        (weights,) = ctx.saved_tensors
+        of_weights, of_lse = gradients
+        if of_weights is None:
+            return None if of_lse is None else weights * of_lse[..., None]
+        found = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        return found if of_lse is None else found.addcmul_(weights, of_lse[..., None])
+
+
 def part_weight(lse: torch.Tensor, lse_other: torch.Tensor) -> torch.Tensor:
     """The share of the mass that a part has beside another one: sigmoid(lse - lse_other), and 0 for an empty part."""
     empty = lse == NO_FACTS
@@ -175,17 +213,11 @@ class _Terms:
 def _softmax(scores_Atm: torch.Tensor, terms: _Terms) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [A, t, m] of the facts of a block and the log-sum-exp [A, t] of their logits."""
     logits_Atm = terms.logits(scores_Atm)
-    largest_At1 = logits_Atm.detach().amax(-1, keepdim=True)
     may_be_empty = terms.log_weights is not None
     if may_be_empty:
-        empty_At1 = largest_At1 == NO_FACTS
+        empty_At1 = logits_Atm.detach().amax(-1, keepdim=True) == NO_FACTS
         logits_Atm = logits_Atm.masked_fill(empty_At1, 0.0)
-    weights_Atm = torch.softmax(logits_Atm, -1)
-    if torch.is_grad_enabled():
-        lse_At = torch.logsumexp(logits_Atm, -1)
-    else:
-        # The largest weight is exp(largest logit - lse), at least 1/m: cheaper than exponentials a second time.
-        lse_At = (largest_At1 - weights_Atm.amax(-1, keepdim=True).log()).squeeze(-1)
+    weights_Atm, lse_At = softmax_with_log_sum_exp(logits_Atm)
     if may_be_empty:
         weights_Atm = weights_Atm.masked_fill(empty_At1, 0.0)
         lse_At = lse_At.masked_fill(empty_At1.squeeze(-1), NO_FACTS)

@@ -104,7 +104,7 @@ class Stack:
         return self.adapter.config.layers
 
     def only(self, wanted_T: torch.Tensor) -> Stack | list[Group]:
-        """The stack with those of its tokens that are wanted; or its groups, where they have different numbers of them."""
+        """The stack with those of its tokens that are wanted; or groups, where these have different numbers of them."""
         found = [group.only(wanted_T) for group in self.groups]
         taken = [group for group in found if group is not None]
         if len(taken) < len(self.groups) or len({group.num_tokens for group in taken}) > 1:

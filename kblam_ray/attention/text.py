@@ -2,10 +2,11 @@
 
 Shape legend: B batch, T query tokens, S text tokens attended to, N query heads, K key/value heads, H head dim.
 
-The text output always comes from the library's function, so that it is the base model's to the bit. The
-log-sum-exp, which the library does not return, comes from the same fused operator where that has one (on the CPU,
-without autograd), and from the plain formula otherwise: fused operators give it without a gradient, which would make
-training wrong in silence.
+The text output comes from the library's function, so that it is the base model's to the bit. The log-sum-exp, which
+the library does not return, comes from the same fused operator where that has one (on the CPU, without autograd), and
+from the plain formula otherwise: fused operators give it without a gradient, which would make training wrong in
+silence. While training, where the plain formula is needed anyway and every token attends to facts, so that no output is
+the base model's own, the output comes from the formula's scores, too (`plain_attention`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from kblam_ray.attention.projections import exact_dtype
+from kblam_ray.attention.softmax import softmax_with_log_sum_exp
 
 SCORES_PER_BLOCK = 2**25
 """Text scores held at a time: longer texts are worked on in blocks of queries, and recomputed for the gradient."""
@@ -31,16 +33,19 @@ _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION, as `_fused_sdp_choi
 
 
 def sdpa_with_log_sum_exp(
-    function: Callable[..., tuple[torch.Tensor, Any]], *args: Any, **kwargs: Any
+    function: Callable[..., tuple[torch.Tensor, Any]], *args: Any, may_be_plain: bool = False, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the library's `sdpa` attention function and catch the log-sum-exp of the one attention inside it.
 
     The library prepares the call (paged cache, grouped heads, masks); only the innermost operator is looked at.
 
+    Args:
+        may_be_plain: with autograd, the output may differ from the operator's by rounding.
+
     Returns:
         The function's output [B, T, N, H] and log-sum-exp [B, N, T] in float32 (float64 for float64 queries).
     """
-    caught = _CatchLogSumExp()
+    caught = _CatchLogSumExp(may_be_plain)
     with caught:
         out_BTNH, _ = function(*args, **kwargs)
     if caught.lse is None:
@@ -50,7 +55,10 @@ def sdpa_with_log_sum_exp(
 
 
 class _CatchLogSumExp(TorchFunctionMode):
-    lse: torch.Tensor | None = None
+    def __init__(self, may_be_plain: bool) -> None:
+        super().__init__()
+        self.lse: torch.Tensor | None = None
+        self._may_be_plain = may_be_plain
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -58,12 +66,13 @@ class _CatchLogSumExp(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        out, self.lse = _attention_with_log_sum_exp(func, *args, **kwargs)
+        out, self.lse = _attention_with_log_sum_exp(func, self._may_be_plain, *args, **kwargs)
         return out
 
 
 def _attention_with_log_sum_exp(
     attention: Callable[..., torch.Tensor],
+    may_be_plain: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -87,8 +96,45 @@ def _attention_with_log_sum_exp(
         )
         # Of a query that sees no token, the operator says that its log-sum-exp is 0.
         return out, lse if attn_mask is None else lse.masked_fill(_hides_all(attn_mask), HIDDEN)
+    if may_be_plain and is_plain(query, key, value, dropout_p):
+        return plain_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)[:2]
     out = attention(query, key, value, enable_gqa=enable_gqa, **options)
     return out, text_log_sum_exp(query, key, attn_mask, is_causal=is_causal, scale=scale)
+
+
+def is_plain(query_BNTH: torch.Tensor, key_BKSH: torch.Tensor, value_BKSH: torch.Tensor, dropout: float) -> bool:
+    """Whether the plain formula does for both the output and the log-sum-exp: with autograd, in one block."""
+    needs_grad = query_BNTH.requires_grad or key_BKSH.requires_grad or value_BKSH.requires_grad
+    num_scores = query_BNTH.shape[:-1].numel() * key_BKSH.shape[2]
+    return torch.is_grad_enabled() and needs_grad and not dropout and num_scores <= SCORES_PER_BLOCK
+
+
+def plain_attention(
+    query_BNTH: torch.Tensor,
+    key_BKSH: torch.Tensor,
+    value_BKSH: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The plain formula's output, log-sum-exp and weights, all differentiable.
+
+    On a CPU with short texts this is several times cheaper, forwards and backwards, than the fused operator alone.
+
+    Args: see `text_log_sum_exp`.
+
+    Returns:
+        Output [B, N, T, H], log-sum-exp [B, N, T] in float32 (float64 for float64 queries), weights [B, N, T, S].
+    """
+    heads = (key_BKSH.shape[1], -1)
+    scale = 1 / math.sqrt(query_BNTH.shape[-1]) if scale is None else scale
+    logits_BNTS = _logits(query_BNTH, key_BKSH, mask, scale, 0 if is_causal else None)
+    exact_BNTS, lse_BNT = softmax_with_log_sum_exp(logits_BNTS)
+    weights_BNTS = exact_BNTS.to(value_BKSH.dtype)
+    # The heads that share keys are rows of one product.
+    out_BKXH = torch.matmul(weights_BNTS.unflatten(1, heads).flatten(2, 3), value_BKSH)
+    return out_BKXH.view(*query_BNTH.shape[:-1], -1), lse_BNT, weights_BNTS
 
 
 def text_log_sum_exp(
@@ -130,17 +176,25 @@ def text_log_sum_exp(
 def _log_sum_exp_block(
     query_BNTH: torch.Tensor, key_BKSH: torch.Tensor, mask: torch.Tensor | None, scale: float, first: int | None
 ) -> torch.Tensor:
-    kv_heads = key_BKSH.shape[1]
-    query_BKGTH = query_BNTH.unflatten(1, (kv_heads, -1))
-    scores_BKGTS = torch.matmul(query_BKGTH, key_BKSH[:, :, None].transpose(-1, -2))
-    scores_BNTS = scores_BKGTS.flatten(1, 2).to(exact_dtype(query_BNTH.dtype)) * scale
-    if mask is not None:
-        scores_BNTS = torch.where(mask, scores_BNTS, HIDDEN) if mask.dtype == torch.bool else scores_BNTS + mask
+    return torch.logsumexp(_logits(query_BNTH, key_BKSH, mask, scale, first), -1)
+
+
+def _logits(
+    query_BNTH: torch.Tensor, key_BKSH: torch.Tensor, mask: torch.Tensor | None, scale: float, first: int | None
+) -> torch.Tensor:
+    """Logits [B, N, T, S], `HIDDEN` where a token is; `first`: the number of the first query, of a causal text."""
+    query_BKXH = query_BNTH.unflatten(1, (key_BKSH.shape[1], -1)).flatten(2, 3)
+    scores_BKXS = torch.matmul(query_BKXH, key_BKSH.transpose(-1, -2))
+    scores_BNTS = scores_BKXS.view(*query_BNTH.shape[:-1], -1).to(exact_dtype(query_BNTH.dtype)) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BNTS = torch.where(mask, scores_BNTS, HIDDEN)
+    elif mask is not None:
+        scores_BNTS = scores_BNTS + mask.to(scores_BNTS.dtype).clamp_min(HIDDEN)
     if first is not None:
         tokens, length = scores_BNTS.shape[-2:]
         rows = torch.arange(first, first + tokens, device=scores_BNTS.device)[:, None]
         scores_BNTS = torch.where(torch.arange(length, device=rows.device) <= rows, scores_BNTS, HIDDEN)
-    return torch.logsumexp(scores_BNTS.clamp_min(HIDDEN), -1)
+    return scores_BNTS
 
 
 def _hides_all(mask: torch.Tensor) -> torch.Tensor:
