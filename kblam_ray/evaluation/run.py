@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.attention.adapter.config import AdapterConfig
 from kblam_ray.errors import InputError
 from kblam_ray.evaluation.attending import attention_outcomes
 from kblam_ray.evaluation.baselines.run import baseline_outcomes
@@ -122,7 +123,9 @@ def evaluate(
             "a number of facts with questions of one's own", where="num_facts", help="leave it out: all facts are used"
         )
     notes: list[str] = []
-    priors = _priors(adapter, settings, notes)
+    priors = priors_of(adapter.config, settings.prior)
+    if settings.prior is None and True not in priors:
+        notes.append("the adapter has no question prior: attention alone")
     encoder = RememberingEncoder(model.prior.encoder) if True in priors or settings.baseline else None
     if adapter.config.refusal_threshold is None:
         notes.append("the adapter has no refusal threshold: a question counts as refused by the answer's text alone")
@@ -154,29 +157,35 @@ def _evaluate_size(
     task = Task.of(model, chosen, settings, encoder, progress)
     outcomes: dict[System, list[Outcome]] = {}
     for has_prior in priors:
-        with _prior_set(model.adapter, has_prior):
+        with prior_set(model.adapter, has_prior):
             outcomes |= attention_outcomes(task, has_prior=has_prior)
     if encoder is not None and settings.baseline:
         outcomes |= baseline_outcomes(task, QuestionPrior.of(model.adapter.config, encoder))
     return SizeEvaluation(chosen.facts, chosen.questions, outcomes, chosen.left_out)
 
 
-def _priors(adapter: KnowledgeAdapter, settings: EvaluationSettings, notes: list[str]) -> list[bool]:
-    has_prior = bool(adapter.config.question_prior or adapter.config.prior_lexical)
-    if settings.prior is not None:
-        if settings.prior and not has_prior:
-            raise InputError(
-                "the adapter has no question prior", where="prior", help="calibrate it, or evaluate attention alone"
-            )
-        return [settings.prior]
-    if not has_prior:
-        notes.append("the adapter has no question prior: attention alone")
+def priors_of(config: AdapterConfig, wanted: bool | None) -> list[bool]:
+    """Attention alone, with the question prior, or the one after the other.
+
+    Args:
+        wanted: one of the two; None: both where the adapter has a prior.
+
+    Raises:
+        InputError: a prior is wanted that the adapter has not.
+    """
+    has_prior = bool(config.question_prior or config.prior_lexical)
+    if wanted and not has_prior:
+        raise InputError(
+            "the adapter has no question prior", where="prior", help="calibrate it, or evaluate attention alone"
+        )
+    if wanted is not None:
+        return [wanted]
     return [False, True] if has_prior else [False]
 
 
 @contextmanager
-def _prior_set(adapter: KnowledgeAdapter, has_prior: bool) -> Iterator[None]:
-    """The adapter with its question prior or, for a while, without."""
+def prior_set(adapter: KnowledgeAdapter, has_prior: bool) -> Iterator[None]:
+    """Keep the adapter's question prior, or take it away for a while."""
     config = adapter.config
     stored = {"question_prior": config.question_prior, "prior_lexical": config.prior_lexical}
     if not has_prior:

@@ -51,3 +51,50 @@ class EvaluationSettings(JobConfig):
         if set(self.kinds) == {"unanswerable"}:
             raise ValueError("kinds: only unanswerable questions: add a kind that has an answer")
         return self
+
+
+class EvaluateSettings(EvaluationSettings):
+    """What `jobs/evaluate.py` takes."""
+
+    kb: str | None = Field(None, description="the table: a local path or s3://bucket/prefix")
+    kb_version: int | None = Field(None, ge=0, description="version of the table (default: the newest)")
+    synthetic: int | None = Field(
+        None, ge=1, description="instead of a table: so many synthetic facts, embedded once and kept under --output"
+    )
+    synthetic_seed: int = Field(
+        1_000_003, ge=0, lt=1 << 63, description="of the synthetic facts; take one that nothing was trained on"
+    )
+    base_model: str | None = Field(None, description="base model: a folder or a name on the hub (default: the demo's)")
+    adapter: str | None = Field(
+        None, description="knowledge adapter: a folder or a name on the hub (default: the demo's)"
+    )
+    output: str | None = Field(
+        None, description="folder for rows.parquet, summary.json and report.md; a path or s3://bucket/prefix"
+    )
+    question: str | None = Field(None, min_length=1, description="answer this one question, and evaluate nothing")
+    questions: str | None = Field(
+        None, description="ask the questions of this .jsonl file: question, and context, entity, property, value"
+    )
+    device: str | None = Field(None, description="torch device: cuda if there is one, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of the base model: as its configuration states unless given"
+    )
+
+    @model_validator(mode="after")
+    def _check_flags(self) -> Self:
+        given = self.model_fields_set
+        if (self.kb is None) == (self.synthetic is None):
+            raise ValueError("give --kb or --synthetic, one of the two")
+        if (self.base_model is None) != (self.adapter is None):
+            raise ValueError("give --base-model and --adapter, or neither: the demo's")
+        if self.question and self.questions:
+            raise ValueError("give --question or --questions, one of the two")
+        if self.question and self.synthetic:
+            raise ValueError("--question is asked of a table: give --kb")
+        if self.question and "grounding" in given and len(self.grounding) != 1:
+            raise ValueError("--question has one grounding")
+        if self.questions and self.num_facts:
+            raise ValueError("--questions are asked of all the facts: leave --num-facts out")
+        if not self.question and not self.output:
+            raise ValueError("give --output, where the figures go")
+        return self
