@@ -192,7 +192,7 @@ def best_query(
                 metric_PP = metric(residual_PP, shrinkage)
                 weight_PX = metric_PP @ predicted_PX
                 biases: list[torch.Tensor | None] = [None]
-                if with_bias and not math.isinf(shrinkage):
+                if with_bias:
                     biases.append(linear_part(metric_PP, sample_keys_MP))
                 for bias_P in biases:
                     found = weight_PX if bias_P is None else weight_PX.clone()

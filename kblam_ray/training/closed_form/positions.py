@@ -83,8 +83,7 @@ def asked_tokens(chat: ChatTemplate, question: Question, facts: Sequence[Fact]) 
     values: list[StatedValue] = []
     at = 0
     for fact, first, last in spans:
-        # Tokens that end after the value's first letter begins, and begin before its last letter ends.
-        begin = next(place for place in range(at, len(ends)) if ends[place][1] > shift + first)
+        begin = _token_at(ends, shift + first)
         stop = next(place for place in range(begin, len(ends)) if ends[place][1] >= shift + last) + 1
         for place in range(at, stop):
             token = start + place - 1
@@ -146,6 +145,13 @@ def _text_ends(chat: ChatTemplate, answer_ids: Sequence[int]) -> list[tuple[str,
         text = str(chat.tokenizer.decode(list(answer_ids[:stop]), clean_up_tokenization_spaces=False))
         ends.append((text, len(text.rstrip("\ufffd"))))
     return ends
+
+
+def _token_at(ends: Sequence[tuple[str, int]], letter: int) -> int:
+    """The token that a letter begins in: of one written with several, the first of them."""
+    borders = [0, *(end for _, end in ends)]
+    after = next(place for place, border in enumerate(borders) if border >= letter)
+    return after if borders[after] == letter else after - 1
 
 
 def require_some(num_found: int, num_asked: int) -> None:
