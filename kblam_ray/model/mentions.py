@@ -1,4 +1,4 @@
-"""Which facts' entities a question names: whole words, whatever their case, found without going through all facts.
+"""Which entities and properties a question names: whole words, whatever their case, without going through all facts.
 
 Shape legend: M facts.
 """
@@ -6,12 +6,18 @@ Shape legend: M facts.
 from __future__ import annotations
 
 import re
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kblam_ray.errors import InputError
+
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from kblam_ray.attention.memory import KnowledgeMemory
+    from kblam_ray.attention.memory.chunk import Chunk
 
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 """Letters of scripts without blanks between words (Thai, Lao, Burmese, Khmer, Kana, Han): a word may end anywhere."""
@@ -40,6 +46,16 @@ class EntityIndex:
         self._hashes_M = hashes_M[self._rows_M]
         self._lengths = np.unique(lengths[lengths > 0]).tolist()
 
+    @classmethod
+    def of_distinct(cls, texts: pa.ChunkedArray) -> EntityIndex:
+        """An index of other texts than entities, each once."""
+        import pyarrow as pa
+
+        return cls(pa.table({"entity": texts.unique()}))
+
+    def text_of(self, row: int) -> str:
+        return str(self._entities[int(row)].as_py())
+
     def named_in(self, question: str) -> np.ndarray:
         """Rows of the facts whose entity occurs in the question as a whole word, int64, ascending."""
         text = normalized(question)
@@ -61,6 +77,58 @@ class EntityIndex:
             for length in self._lengths
             if start + length <= len(text) and borders[start + length]
         }
+
+
+_ENTITIES: weakref.WeakKeyDictionary[Chunk, EntityIndex] = weakref.WeakKeyDictionary()
+_PROPERTIES: weakref.WeakKeyDictionary[Chunk, EntityIndex] = weakref.WeakKeyDictionary()
+"""By chunk, which never changes. Two threads may both make one: either is the right one."""
+
+
+def named_facts(memory: KnowledgeMemory, question: str) -> np.ndarray:
+    """Whether the question names each fact's entity, bool [M] in the order of `memory.fact_ids`.
+
+    Raises:
+        InputError: the memory was made without the facts' texts.
+    """
+    check_texts(memory)
+    parts = [np.zeros(0, bool)]
+    for view in memory.views:
+        index = _ENTITIES.get(view.chunk)
+        if index is None:
+            assert view.chunk.facts is not None
+            index = _ENTITIES[view.chunk] = EntityIndex(view.chunk.facts)
+        named = np.zeros(view.chunk.num_rows, bool)
+        named[index.named_in(question)] = True
+        positions = view.live_positions()
+        parts.append(named if positions is None else named[positions])
+    return np.concatenate(parts)
+
+
+def named_properties(memory: KnowledgeMemory, question: str) -> list[str]:
+    """The properties of the memory's chunks that the question names, each once; those of facts not selected, too.
+
+    Raises:
+        InputError: the memory was made without the facts' texts.
+    """
+    check_texts(memory)
+    found: dict[str, None] = {}
+    for view in memory.views:
+        index = _PROPERTIES.get(view.chunk)
+        if index is None:
+            assert view.chunk.facts is not None
+            index = _PROPERTIES[view.chunk] = EntityIndex.of_distinct(view.chunk.facts["property"])
+        found |= dict.fromkeys(index.text_of(row) for row in index.named_in(question))
+    return list(found)
+
+
+def check_texts(memory: KnowledgeMemory) -> None:
+    """Raises InputError for a memory with facts and without their texts."""
+    if memory.num_facts and not memory.has_texts:
+        raise InputError(
+            "words of the question are looked for in the facts, but the memory has no texts",
+            where="memory",
+            help="give facts= when loading the memory",
+        )
 
 
 def is_border(text: str, at: int) -> bool:

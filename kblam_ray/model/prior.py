@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.attention.memory.chunk import Chunk
 from kblam_ray.encoders.base import Encoder
 from kblam_ray.errors import EncoderError, EncoderMismatchError, InputError
-from kblam_ray.model.mentions import EntityIndex
+from kblam_ray.model.mentions import named_facts
 
 if TYPE_CHECKING:
     from kblam_ray.attention.adapter.config import AdapterConfig
@@ -54,7 +53,6 @@ class QuestionPrior:
         self.encoder, self.beta, self.context, self.gamma = encoder, beta, context, gamma
         # Priors with other settings may have the same encoder, and an encoder serves one thread at a time.
         self._encoding = _LOCKS.setdefault(encoder, threading.Lock())
-        self._indices: weakref.WeakKeyDictionary[Chunk, EntityIndex] = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, config: AdapterConfig, encoder: Encoder) -> QuestionPrior:
@@ -130,13 +128,7 @@ class QuestionPrior:
                 where="prior_lexical",
                 help="give facts= when loading the memory, or set prior_lexical to 0",
             )
-        parts = [np.zeros(0, bool)]
-        for view in memory.views:
-            named = np.zeros(view.chunk.num_rows, bool)
-            named[self._index(view.chunk).named_in(question)] = True
-            positions = view.live_positions()
-            parts.append(named if positions is None else named[positions])
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(named_facts(memory, question))
 
     def scores(self, memory: KnowledgeMemory, messages: Conversation) -> torch.Tensor:
         """The prior of every fact, float32 [M] in the order of `memory.fact_ids`: what `with_prior` takes."""
@@ -190,13 +182,6 @@ class QuestionPrior:
         cosines_M = self.cosines(memory, question)
         prior_M = self.beta * cosines_M + lexical_M
         return prior_M, prior_M if self.beta else cosines_M + lexical_M
-
-    def _index(self, chunk: Chunk) -> EntityIndex:
-        index = self._indices.get(chunk)
-        if index is None:
-            # Two threads may both come here: either index is the right one.
-            index = self._indices[chunk] = EntityIndex(chunk.facts)  # type: ignore[arg-type]
-        return index
 
 
 def _check_num(num_facts: int) -> None:

@@ -18,6 +18,7 @@ from kblam_ray.encoders import load_encoder
 from kblam_ray.encoders.base import EncodedBatch, Encoder, EncoderSpec
 from kblam_ray.errors import EncoderError, EncoderMismatchError, InputError
 from kblam_ray.facts.fact import key_text
+from kblam_ray.model import mentions
 from kblam_ray.model import prior as prior_module
 from kblam_ray.model.mentions import EntityIndex
 from kblam_ray.model.prior import QuestionPrior
@@ -218,7 +219,7 @@ def test_the_index_goes_with_its_chunk(adapter):
     memory = memory_of(adapter)
     prior = QuestionPrior(load_encoder(ENCODER), gamma=1.0)
     prior.scores(memory, QUESTION)
-    (index,) = (weakref.ref(index) for index in prior._indices.values())
+    index = weakref.ref(mentions._ENTITIES[memory.views[0].chunk])
     del memory
     gc.collect()
     assert index() is None
