@@ -17,6 +17,7 @@ from kblam_ray.evaluation.retrieval import evidence_of
 from kblam_ray.evaluation.task import Task
 from kblam_ray.model.asking import is_refusal
 from kblam_ray.model.prior import QuestionPrior
+from kblam_ray.model.refusal import features, statistic
 
 
 def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outcome]]:
@@ -55,7 +56,11 @@ def _request(memory: KnowledgeMemory, question: Asked, prior: QuestionPrior | No
 def _statistics(
     task: Task, questions: Sequence[Asked], memories: Sequence[KnowledgeMemory], evidence: Sequence[Evidence]
 ) -> list[float]:
-    return [float(one.scores_M.max()) for one in evidence]
+    config = task.model.adapter.config
+    return [
+        statistic(config, features(task.model, one, memory, question.messages))
+        for question, memory, one in zip(questions, memories, evidence, strict=True)
+    ]
 
 
 def _retrieved(
@@ -65,10 +70,10 @@ def _retrieved(
     return [
         Outcome(
             ranks=tuple(retrieval_ranks(one.scores_M.cpu().numpy(), question.wanted)) or None,
-            statistic=statistic,
-            refused=None if threshold is None else statistic < threshold,
+            statistic=sure,
+            refused=None if threshold is None else sure < threshold,
         )
-        for question, one, statistic in zip(questions, evidence, statistics, strict=True)
+        for question, one, sure in zip(questions, evidence, statistics, strict=True)
     ]
 
 
@@ -82,17 +87,17 @@ def _answered(
             question,
             task.values,
             text,
-            refused=statistic < threshold or is_refusal(text, config.refusal_text),
-            statistic=statistic,
+            refused=sure < threshold or is_refusal(text, config.refusal_text),
+            statistic=sure,
         )
-        for question, text, statistic in zip(questions, texts, statistics, strict=True)
+        for question, text, sure in zip(questions, texts, statistics, strict=True)
     ]
 
 
 def _asked(task: Task, questions: Sequence[Asked], statistics: Sequence[float], grounding: str) -> list[Outcome]:
     found = []
     row_of = {fact_id: row for row, fact_id in enumerate(task.facts.fact_ids_M.tolist())}
-    for question, statistic in zip(questions, statistics, strict=True):
+    for question, sure in zip(questions, statistics, strict=True):
         answer = task.model.ask(
             list(question.messages), task.memory, grounding=grounding, max_new_tokens=task.settings.max_new_tokens
         )
@@ -102,7 +107,7 @@ def _asked(task: Task, questions: Sequence[Asked], statistics: Sequence[float], 
                 task.values,
                 answer.text,
                 refused=answer.refused,
-                statistic=statistic,
+                statistic=sure,
                 cited=[row_of[citation.fact_id] for citation in answer.citations],
             )
         )
