@@ -1,4 +1,4 @@
-"""What pretraining needs before its first step: facts, their key embeddings and a tokenizer, made once and kept."""
+"""What pretraining needs before its first step: facts, their key embeddings and a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from kblam_ray.demo.pretraining.settings import PretrainSettings
 from kblam_ray.demo.pretraining.tokenizer import train_tokenizer
 from kblam_ray.encoders.load import load_encoder
 from kblam_ray.errors import InputError
+from kblam_ray.facts import write_facts
 from kblam_ray.facts.fact import Fact, key_text
 
+ADAPTER_FACTS = "adapter_facts.jsonl"
 ENCODED_AT_A_TIME = 2_000
 TOKENIZER_DOCUMENTS = 40_000
 
@@ -40,6 +42,9 @@ def prepare(settings: PretrainSettings) -> tuple[list[Fact], np.ndarray, PreTrai
             help="choose a sentence-transformers encoder, for example all-MiniLM-L6-v2",
         )
     facts = list(pretraining_facts(vocabulary, settings.num_facts, settings.seed))
+    # Others: what the model has read too often would look easier to find than it is.
+    others = pretraining_facts(vocabulary, settings.adapter_facts, settings.seed + 1)
+    write_facts(others, str(folder / ADAPTER_FACTS))
     kept = folder / f"keys-{settings.num_facts}-{settings.seed}-{encoder.spec.revision[:8]}.npy"
     if not kept.exists():
         keys_MP = np.empty((len(facts), encoder.spec.dim), np.float16)

@@ -14,6 +14,9 @@ class PretrainSettings(JobConfig):
     encoder: str = Field("all-MiniLM-L6-v2", description="sentence encoder in whose space questions are to be found")
     seed: int = Field(0, ge=0, description="of facts, documents and weights")
     num_facts: int = Field(140_000, ge=100, description="facts that the documents are about")
+    adapter_facts: int = Field(
+        30_000, ge=0, description="other facts of the same kinds, written beside the model for its adapters' training"
+    )
     vocabulary: int = Field(5_120, ge=300, description="tokens of the tokenizer")
     hidden_size: int = Field(384, ge=8, description="numbers in one hidden state")
     num_layers: int = Field(4, ge=1, description="decoder layers")
