@@ -4,6 +4,7 @@ encode:    sentences per second of the local encoder against SentenceTransformer
 embed:     the whole embedding job: facts per second by number of workers, peak memory of every process
 load:      a table's embeddings into memory, against lists of float32 in Parquet and against .npy files
 attention: what facts cost a base model in time and memory, against no facts and against the published computation
+training-step: tokens per second of a training step, against the published computation
 """
 
 import sys
@@ -18,6 +19,7 @@ BENCHMARKS = {
     "embed": ("kblam_ray.table.pipeline.benchmark", "EmbedBenchmark", "benchmark_embed"),
     "load": ("kblam_ray.table.benchmark", "LoadBenchmark", "benchmark_load"),
     "attention": ("kblam_ray.attention.benchmark", "AttentionBenchmark", "benchmark_attention"),
+    "training-step": ("kblam_ray.training.benchmark", "TrainingStepBenchmark", "benchmark_training_step"),
 }
 """Module, settings and function of each: only the one asked for is imported, so that it needs only its own packages."""
 
@@ -35,7 +37,7 @@ def run(name: str) -> NoReturn:
     try:
         part = import_module(module)
     except ModuleNotFoundError as error:
-        missing, extra = error.name, "model" if name == "attention" else "local"
+        missing, extra = error.name, "model" if name in ("attention", "training-step") else "local"
         if missing is None or missing.partition(".")[0] == "kblam_ray":
             raise
 

@@ -149,3 +149,13 @@ def unsupported_implementation(implementation: str, where: str) -> UnsupportedMo
         where=where,
         help='load the base model with attn_implementation="sdpa"',
     )
+
+
+def training_implementation(device: torch.device | str) -> str:
+    """The attention implementation that a frozen base model trains fastest with, among `SUPPORTED`.
+
+    On a CPU the backward pass of the fused operator takes several times as long as plain products do for texts as
+    short as training examples (measured: 17 ms for 20 rows of 48 tokens and 8 heads, where all else of a layer takes
+    25 ms); on a GPU the fused one is faster and needs less memory.
+    """
+    return "eager" if torch.device(device).type == "cpu" else "sdpa"

@@ -99,14 +99,6 @@ def shares(
         yield rows, torch.exp(logits_ATm - lse_AT[..., None])
 
 
-def logits_of(query_ATD: torch.Tensor, bias_AT: torch.Tensor | None, facts: Facts) -> torch.Tensor:
-    """The logits [A, T, M] of all facts at once, float32 (float64 for float64 queries)."""
-    everything = slice(0, facts.num_rows)
-    keys, _ = facts.block(everything)
-    scores_ATM = torch.matmul(query_ATD, keys.transpose(-1, -2))
-    return _Terms.of(bias_AT, facts, everything, slice(0, query_ATD.shape[1])).logits(scores_ATM)
-
-
 def merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

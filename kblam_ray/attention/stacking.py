@@ -1,6 +1,6 @@
 """Groups of tokens that each attend to facts of their own, worked on as one: their facts stand in one padded tensor.
 
-Shape legend: R groups (the rows of a stack), T tokens of each, t some of them, M facts of the group that has most,
+Shape legend: R groups (the rows of a stack), T tokens of each, M facts of the group that has most,
 A rows of queries per token (query heads, or 1 where they share a score), N query heads, H head dim, P encoder dim,
 D numbers in a key, V numbers in a value, Z slots times N*H.
 
@@ -26,7 +26,7 @@ from kblam_ray.attention.groups import Group
 from kblam_ray.attention.layer_facts import Form, LayerQuery, is_cheaper_expanded, layer_form
 from kblam_ray.attention.memory import ChunkView
 from kblam_ray.attention.projections import Projections, scale_of_keys
-from kblam_ray.attention.softmax import NO_FACTS, attend, logits_of
+from kblam_ray.attention.softmax import NO_FACTS, attend
 
 MOST_PADDING = 1.5
 """Groups are stacked as long as their padded facts are at most this many times their facts."""
@@ -154,14 +154,14 @@ class Stack:
         start = sum(other.num_rows for other in views[: [other.serial for other in views].index(view.serial)])
         return self._scale_RM[row, start : start + view.num_rows]
 
-    def _facts(self, layer: int, num_rows: int, dtype: torch.dtype) -> _StackedFacts:
+    def _facts(self, layer: int, num_rows: int, dtype: torch.dtype) -> StackedFacts:
         shape_RAT = (len(self.groups), num_rows, self._num_tokens)
         if self._projected:
             keys, values = (part.to(dtype) for part in self._projected[layer])
-            return _StackedFacts(keys, values, None, self._weights_RTM, shape_RAT, is_per_head=True)
+            return StackedFacts(keys, values, None, self._weights_RTM, shape_RAT, is_per_head=True)
         keys, values = (part.to(dtype) for part in self._embeddings)
         scale_R1M = None if self._scale_RM is None else self._scale_RM[:, None]
-        return _StackedFacts(keys, values, scale_R1M, self._weights_RTM, shape_RAT, is_per_head=False)
+        return StackedFacts(keys, values, scale_R1M, self._weights_RTM, shape_RAT, is_per_head=False)
 
     def _is_cheaper_projected(self) -> bool:
         config, shape = self.adapter.config, self.adapter.config.base_shape
@@ -197,13 +197,14 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class _StackedFacts:
+class StackedFacts:
     """The facts of a stack as one KB layer scores and mixes them: `softmax.Facts`.
 
     Attributes:
         keys, values: [R, M, D] and [R, M, V] for all rows of queries alike, or [R * A, M, H] each.
         scale_R1M: what scores are multiplied by, or None.
         weights_RTM: what is added to the logits [R, T or 1, M], or None.
+        shape_RAT: R, A and T.
         is_per_head: rows of queries have keys and values of their own.
     """
 
@@ -245,23 +246,17 @@ class _StackedFacts:
         """From what `split` gives, to [A, R * T, D]."""
         return numbers.reshape(*self.shape_RAT, -1).transpose(0, 1).flatten(1, 2)
 
-    def at(self, places_Rt: torch.Tensor) -> _StackedFacts:
-        """The same facts for some tokens of each group."""
-        groups, num_rows, _ = self.shape_RAT
-        weights = self.weights_RTM
-        if weights is not None and weights.shape[1] > 1:
-            weights = weights.take_along_dim(places_Rt[..., None], 1)
-        shape_RAt = (groups, num_rows, places_Rt.shape[1])
-        return _StackedFacts(self.keys, self.values, self.scale_R1M, weights, shape_RAt, self.is_per_head)
-
 
 @dataclass(frozen=True)
 class StackAttended:
     """The attention of one KB layer over the facts of a stack.
 
     Attributes:
-        query: the queries of its tokens; out_TNH, lse_TN: what the heads got, [R * T, N, ...].
-        lse_RAT: log-sum-exp of the scores alone, of each row of queries.
+        query: the queries of its tokens, group by group.
+        stacked_query, stacked_bias: what was scored, as `facts.split` lays it out.
+        facts: what it was scored against.
+        lse_RAT: log-sum-exp of each row of queries' logits without `log C - log M` and without gates.
+        out_TNH, lse_TN: what the heads got, [R * T, N, H] and [R * T, N].
     """
 
     stack: Stack
@@ -269,35 +264,10 @@ class StackAttended:
     query: LayerQuery
     stacked_query: torch.Tensor
     stacked_bias: torch.Tensor | None
-    facts: _StackedFacts
+    facts: StackedFacts
     lse_RAT: torch.Tensor
     out_TNH: torch.Tensor
     lse_TN: torch.Tensor
-
-    def log_shares(self, places_Rt: torch.Tensor) -> torch.Tensor:
-        """The logarithm of each fact's share of the softmax over its group's facts, at some tokens of each group.
-
-        Differentiable. A column is a row of the group's memory: the rows of its views, one view after the other,
-        hidden ones included; those and padding have -inf.
-
-        Args:
-            places_Rt: int64 [R, t], which of the T tokens of each group, 0 to T - 1.
-
-        Returns:
-            [R, A, t, M] in float32 (float64 for float64 queries).
-        """
-        at = self.facts.at(places_Rt)
-
-        def taken(numbers: torch.Tensor) -> torch.Tensor:
-            numbers_RATD = numbers.reshape(*self.facts.shape_RAT, -1)
-            taken_RAtD = numbers_RATD.take_along_dim(places_Rt[:, None, :, None], 2)
-            return taken_RAtD.flatten(0, 1) if at.is_per_head else taken_RAtD.flatten(1, 2)
-
-        bias = None if self.stacked_bias is None else taken(self.stacked_bias).squeeze(-1)
-        logits = logits_of(taken(self.stacked_query), bias, at).view(*at.shape_RAT, -1)
-        lse_RAt = self.lse_RAT.take_along_dim(places_Rt[:, None], 2)
-        # Where all facts are hidden the difference of two infinities would be NaN.
-        return logits - lse_RAt.masked_fill(lse_RAt == NO_FACTS, 0.0)[..., None]
 
     def form_of(self, row: int) -> tuple[Form, torch.Tensor]:
         """The form of one group's attention as if it stood alone, and the log-sum-exps of its scores [A, T]."""
