@@ -173,7 +173,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> N
         parser.add_argument(flag, dest=field, action=argparse.BooleanOptionalAction, default=None, help=note)
     elif typing.get_origin(kind) is dict:
         parser.add_argument(flag, dest=field, action=_Pairs, metavar="KEY=VALUE", help=f"{note} (repeatable)")
-    elif typing.get_origin(kind) is list:
+    elif typing.get_origin(kind) is list or (typing.get_origin(kind) is tuple and ... in typing.get_args(kind)):
         parser.add_argument(flag, dest=field, action="append", metavar=metavar, help=f"{note} (repeatable)")
     elif typing.get_origin(kind) is tuple:
         count = len(typing.get_args(kind))
