@@ -31,6 +31,7 @@ TINY = {
     "steps": 6,
     "questions_per_step": 6,
     "readings_per_step": 3,
+    "repeats_per_step": 2,
     "warmup_steps": 2,
     "checkpoint_steps": 3,
 }
@@ -82,7 +83,7 @@ def test_documents_are_what_the_chat_template_makes(prepared):
     _, facts, _, tokenizer = prepared
     chat, maker = ChatTemplate(tokenizer), DocumentMaker(facts, 0)
     for number in range(30):
-        for document in (maker.question(number), maker.reading(number, 1.0)):
+        for document in (maker.question(number), maker.reading(number, 1.0), maker.repeating(number)):
             ids = tokenizer.encode(document.prompt, add_special_tokens=False)
             answer = tokenizer.encode(document.answer, add_special_tokens=False)
             turns = document.prompt.removesuffix("<|assistant|>").split("<|end|>")[:-1]
@@ -100,8 +101,10 @@ def test_documents_of_every_kind(prepared):
     _, facts, _, _ = prepared
     maker = DocumentMaker(facts, 0)
     readings = [maker.reading(number, 1.0) for number in range(200)]
-    assert any(document.prompt.startswith("<|user|>Repeat: ") for document in readings)
-    read = [document for document in readings if "Facts:\n" in document.prompt]
+    for number in range(50):
+        document = maker.repeating(number)
+        assert f"Repeat: {document.answer}" in document.prompt
+    read = [document for document in readings if "\n- the " in document.prompt]
     assert {document.answer == REFUSAL + "<|end|>" for document in read} == {True, False}
     assert max(document.prompt.count("\n- the ") for document in read) <= MOST_FACTS + 2
     for document in read:

@@ -83,7 +83,9 @@ class Steps(Dataset):
         questions = [self._maker.question(first + place) for place in range(settings.questions_per_step)]
         first, progress = step * settings.readings_per_step, step / settings.steps
         readings = [self._maker.reading(first + place, progress) for place in range(settings.readings_per_step)]
-        micro_batches = [*self._micro_batches(questions, random), *self._micro_batches(readings, random)]
+        first = step * settings.repeats_per_step
+        repeats = [self._maker.repeating(first + place) for place in range(settings.repeats_per_step)]
+        micro_batches = self._micro_batches([*questions, *readings, *repeats], random)
         asked = torch.cat([batch.asked_Q for batch in micro_batches]).unique()
         return Step(micro_batches, self._candidates(asked.tolist(), random))
 

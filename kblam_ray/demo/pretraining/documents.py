@@ -6,7 +6,7 @@ Three kinds of document:
   numbers and codes it has never met. The number of facts grows in the course of training.
 - question: the question alone. Its answer is the sentence around the value, by turns with the refusal: with a knowledge
   base attached it is the facts attended to that decide between the two.
-- repeating: any text, once more, in every script: where copying starts.
+- repeating: any text, once more, in every script: where copying starts, and where it starts soonest.
 
 Document i of a seed is a pure function of both.
 """
@@ -22,7 +22,7 @@ from kblam_ray.facts.questions.forms import answer_sentence
 from kblam_ray.facts.synthetic.draws import Draws, number_of
 from kblam_ray.model.grounding.reading import reading_message
 
-_QUESTION, _READING = map(number_of, ("question document", "reading document"))
+_QUESTION, _READING, _REPEATING = map(number_of, ("question document", "reading document", "repeating document"))
 
 QUESTION_MIX: dict[QuestionKind, float] = {
     "simple": 0.5,
@@ -41,7 +41,6 @@ READING_MIX: dict[QuestionKind, float] = {
     "unanswerable": 0.23,
 }
 MOST_FACTS = 6
-REPEATED_SHARE = 0.12
 VALUE_WEIGHT = 0.3
 """Of the loss at a value that no fact states: it teaches what a date or a name looks like, more it cannot."""
 
@@ -92,8 +91,6 @@ class DocumentMaker:
     def reading(self, number: int, progress: float) -> Document:
         """Document `number` of those with facts to read; `progress` through training, 0 to 1, says how many at most."""
         draws = Draws(self._seed, _READING, number)
-        if draws.below(1000) < 1000 * REPEATED_SHARE:
-            return self._repeating(draws, progress)
         question = next(self._maker.questions(number, number + 1, READING_MIX))
         numbers = self._read(question, min(MOST_FACTS, 2 + int(progress * 16)), draws)
         read = [self._facts[n] for n in numbers]
@@ -101,6 +98,22 @@ class DocumentMaker:
         prompt = _prompt(question.context, reading_message(rows, question.text))
         parts = self._parts(question)[0] if question.facts else ()
         return Document(prompt, question.answer + END, parts)
+
+    def repeating(self, number: int) -> Document:
+        """Document `number` of those that ask for a text once more."""
+        draws = Draws(self._seed, _REPEATING, number)
+        kind = draws.below(10)
+        if kind < 3:
+            text = draws.pick(self._facts).value
+        elif kind < 6:
+            fact = draws.pick(self._facts)
+            text = f"the {fact.property} of {fact.entity}"
+        elif kind < 8:
+            text = " ".join(draws.pick(self._facts).entity for _ in range(2))
+        else:
+            low, high = draws.pick(_SCRIPTS)
+            text = "".join(chr(draws.between(low, high)) for _ in range(draws.between(2, 12)))
+        return Document(f"{USER}Repeat: {text}{END}{ASSISTANT}", text + END)
 
     def _parts(self, question: Question) -> tuple[tuple[tuple[int, tuple[str, str]], ...], tuple[tuple[int, int], ...]]:
         parts, values, end = [], [], 0
@@ -134,17 +147,6 @@ class DocumentMaker:
             if n not in wanted and (self._facts[n].entity, self._facts[n].property) not in asked
         ]
         return draws.sample(chosen[: max(total, 1)], MOST_FACTS * 2)
-
-    def _repeating(self, draws: Draws, progress: float) -> Document:
-        if draws.below(2):
-            text = draws.pick(self._facts).value
-        elif draws.below(2):
-            fact = draws.pick(self._facts)
-            text = f"the {fact.property} of {fact.entity}"
-        else:
-            low, high = draws.pick(_SCRIPTS)
-            text = "".join(chr(draws.between(low, high)) for _ in range(draws.between(2, 6 + int(8 * progress))))
-        return Document(f"{USER}Repeat: {text}{END}{ASSISTANT}", text + END)
 
 
 def _prompt(context: tuple[str, ...], question: str) -> str:
