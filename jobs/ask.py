@@ -1,11 +1,12 @@
 """Ask a question of a knowledge base, or say how much memory that would take.
 
+    python jobs/ask.py --kb kb/world --question "Who founded Ur?"
     python jobs/ask.py --base-model models/llama --adapter adapters/world --kb kb/world --question "Who founded Ur?"
     python jobs/ask.py --bundle bundles/world --question "Who founded Ur?" --selection similar:100
     python jobs/ask.py --base-model models/llama --adapter adapters/world --kb kb/world --plan
 
 The summary has `text`, `citations` (by falling share of the attention; `fact_id` is a decimal string), `refused` and
-`kb_version`.
+`kb_version`. With neither `--base-model` nor `--adapter` the small model and adapter answer that come with the package.
 """
 
 from typing import Any, Literal
@@ -20,14 +21,16 @@ class AskSettings(JobConfig):
     """What `jobs/ask.py` takes."""
 
     question: str | None = Field(None, min_length=1, description="what to ask")
-    base_model: str | None = Field(None, description="base model: a folder or a name on the hub")
-    adapter: str | None = Field(None, description="knowledge adapter: a folder or a name on the hub")
+    base_model: str | None = Field(None, description="base model: a folder or a name on the hub; the demo's")
+    adapter: str | None = Field(None, description="knowledge adapter: a folder or a name on the hub; the demo's")
     kb: str | None = Field(None, description="the table: a local path or s3://bucket/prefix")
     kb_version: int | None = Field(None, ge=0, description="version of the table: the bundle's, else the newest")
     bundle: str | None = Field(
         None, description="a folder of jobs/bundle_model.py, instead of base model and adapter; it names a table, too"
     )
-    grounding: Literal["off", "cite", "verbatim"] = Field("cite", description="whether to name the facts used")
+    grounding: Literal["off", "cite", "verbatim"] = Field(
+        "cite", description="off: the answer alone; cite: name the facts used; verbatim: state nothing but their text"
+    )
     selection: str = Field("all", description="all facts, or similar:K for those nearest to the question")
     max_citations: int = Field(5, ge=0, description="most facts to name")
     max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
@@ -40,6 +43,7 @@ class AskSettings(JobConfig):
 
 
 def ask(settings: AskSettings) -> dict[str, Any]:
+    settings = _with_model(settings)
     _check(settings)
     try:
         import torch  # noqa: F401
@@ -110,6 +114,15 @@ def _planned(settings: AskSettings) -> dict[str, Any]:
     return {"plan": planned.model_dump()}
 
 
+def _with_model(settings: AskSettings) -> AskSettings:
+    """The settings with the demo's base model and adapter where no model is named."""
+    if settings.bundle or settings.base_model or settings.adapter:
+        return settings
+    from kblam_ray.demo.shipped import ADAPTER, BASE_MODEL
+
+    return settings.model_copy(update={"base_model": str(BASE_MODEL), "adapter": str(ADAPTER)})
+
+
 def _check(settings: AskSettings) -> None:
     parts = {"--base-model": settings.base_model, "--adapter": settings.adapter}
     if settings.bundle and any(parts.values()):
@@ -117,12 +130,6 @@ def _check(settings: AskSettings) -> None:
             "a bundle and one of its parts",
             where="command line",
             help="give --bundle alone, or --base-model with --adapter",
-        )
-    if not settings.bundle and not any(parts.values()):
-        raise InputError(
-            "no model: the demo's, which would be used, is not part of this version",
-            where="command line",
-            help="give --base-model and --adapter, or --bundle",
         )
     missing = [flag for flag, value in parts.items() if not value and not settings.bundle]
     if not settings.bundle and not settings.kb:

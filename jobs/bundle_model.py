@@ -3,6 +3,7 @@
     python jobs/bundle_model.py --base-model models/llama --adapter adapters/world --kb kb/world --output bundles/world
     python jobs/ask.py --bundle bundles/world --question "Who founded Ur?"
 
+With neither `--base-model` nor `--adapter` the small model and adapter are bundled that come with the package.
 The table stays where it is. `knowledge_model.json` in the folder names it: for another version edit that line.
 """
 
@@ -17,8 +18,8 @@ from kblam_ray.job import JobConfig, main
 class BundleSettings(JobConfig):
     """What `jobs/bundle_model.py` takes."""
 
-    base_model: str | None = Field(None, description="base model: a folder or a name on the hub")
-    adapter: str | None = Field(None, description="knowledge adapter: a folder or a name on the hub")
+    base_model: str | None = Field(None, description="base model: a folder or a name on the hub; the demo's")
+    adapter: str | None = Field(None, description="knowledge adapter: a folder or a name on the hub; the demo's")
     kb: str = Field(description="the table: a local path or s3://bucket/prefix")
     kb_version: int | None = Field(None, ge=0, description="version of the table: the newest unless given")
     follow: bool = Field(False, description="name no version: the bundle always loads the newest")
@@ -28,11 +29,9 @@ class BundleSettings(JobConfig):
 
 def bundle(settings: BundleSettings) -> dict[str, Any]:
     if not settings.base_model and not settings.adapter:
-        raise InputError(
-            "no model: the demo's, which would be used, is not part of this version",
-            where="command line",
-            help="give --base-model and --adapter",
-        )
+        from kblam_ray.demo.shipped import ADAPTER, BASE_MODEL
+
+        settings = settings.model_copy(update={"base_model": str(BASE_MODEL), "adapter": str(ADAPTER)})
     if not settings.base_model or not settings.adapter:
         missing = "--adapter" if settings.base_model else "--base-model"
         raise InputError(f"{missing} not given", where="command line", help="see `jobs/bundle_model.py --help`")

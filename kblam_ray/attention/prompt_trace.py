@@ -122,9 +122,9 @@ class PromptTrace:
         self._recorder = recorder = _Evidence(self._layers, memory)
         length, num_answered = prompt_ids.shape[1], answer_ids.shape[1]
         recorder.prompt_end = length - 1
-        # Kept for the token before the answer, too, while the answer's length is open.
-        recorder.first_shares = bool(num_answered) or keep_cache
-        recorder.answer = range(length, length + num_answered - 1)
+        # The token before the answer attends for its first one: by itself while the answer's length is open.
+        recorder.first_shares = keep_cache
+        recorder.answer = range(length if keep_cache else length - 1, length + num_answered - 1)
         if memory.num_facts:
             output = run_recorded(
                 attachment, torch.cat([prompt_ids, answer_ids], 1), memory, recorder, keep_cache=keep_cache

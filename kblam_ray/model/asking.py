@@ -1,7 +1,7 @@
 """Ask a question of a knowledge memory: generate the answer, then cite the facts that it attended to.
 
 Citations come from a second pass over prompt and answer, in which every token is given: one short prefill, whatever
-engine generated the answer.
+engine generated the answer. The refusal decision looks at the same pass. Verbatim answers are `grounding.verbatim`'s.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.attention.prompt_trace import Evidence, evidence_and_shares, retrieval_evidence
 from kblam_ray.attention.trace import mean_shares, retrieval_scores
 from kblam_ray.errors import InputError
 from kblam_ray.model.chat import Message
+from kblam_ray.model.generation import answer_text, check_length, generate_answer
+from kblam_ray.model.generation import check_length as _check_length  # noqa: F401
+from kblam_ray.model.generation import stop_ids as _stop_ids  # noqa: F401
+from kblam_ray.model.grounding import GROUNDINGS
+from kblam_ray.model.grounding.verbatim import answer_verbatim
+from kblam_ray.model.refusal import features, is_refusal, statistic
 
 if TYPE_CHECKING:
     from kblam_ray.model.knowledge_model import KnowledgeModel
 
-GROUNDINGS = ("off", "cite")
 SIMILAR = "similar:"
 
 
@@ -77,10 +82,6 @@ def parse_selection(selection: str) -> int | None:
 
 def check_grounding(grounding: str) -> None:
     """Raises InputError for a grounding that cannot be had."""
-    if grounding == "verbatim":
-        raise InputError(
-            "this version cannot ground answers verbatim", where="grounding", help=f"choose {' or '.join(GROUNDINGS)}"
-        )
     if grounding not in GROUNDINGS:
         raise InputError(
             f"there is no grounding {grounding!r}", where="grounding", help=f"choose {' or '.join(GROUNDINGS)}"
@@ -127,21 +128,37 @@ def ask(
             f"a memory of type {type(memory).__name__}", where="memory", help="give one that `model.load(kb)` made"
         )
     messages = as_messages(question)
+    version = None if memory is None else memory.version
     prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
-    _check_length(model, prompt_ids.shape[1] + max_new_tokens)
+    check_length(model, prompt_ids.shape[1] + max_new_tokens)
     request = model.prepare(memory, messages, selection)
-    ids = _generate(model, prompt_ids, request, max_new_tokens)
+    if grounding == "verbatim":
+        if request is None:
+            raise InputError(
+                "there are no facts to answer from: no memory was given",
+                where="grounding",
+                help='give a memory that `model.load(kb)` made; to ask the base model choose grounding "off"',
+            )
+        found = answer_verbatim(model, messages, request, max_new_tokens)
+        cited = tuple(
+            Citation(**fact.texts(), fact_id=fact.fact_id, metadata=fact.metadata, score=score)
+            for fact, score in found.facts[:max_citations]
+        )
+        return Answer(found.text, cited, found.refused, version)
+    ids = generate_answer(model, prompt_ids, request, max_new_tokens)
     start = prompt_ids.shape[1]
-    text = str(model.chat.tokenizer.decode(ids[0, start:], skip_special_tokens=True)).strip()
+    text = answer_text(model, ids, start)
+    refused = is_refusal(text, model.adapter.config.refusal_text)
     citations: tuple[Citation, ...] = ()
-    if grounding == "cite" and request is not None and max_citations and ids.shape[1] > start:
-        citations = cite(model, ids, request, start, max_citations)
-    return Answer(
-        text=text,
-        citations=citations,
-        refused=is_refusal(text, model.adapter.config.refusal_text) or _lacks_evidence(model, prompt_ids, request),
-        kb_version=None if memory is None else memory.version,
-    )
+    if request is not None:
+        decides = model.adapter.config.refusal_threshold is not None
+        if grounding == "cite" and max_citations and ids.shape[1] > start:
+            evidence, shares_M = evidence_and_shares(model.attachment, ids, request, start)
+            citations = _citations(request, shares_M, max_citations)
+        elif decides:
+            evidence = retrieval_evidence(model.attachment, prompt_ids, request)
+        refused = refused or (decides and _lacks_evidence(model, evidence, request, messages))
+    return Answer(text, citations, refused, version)
 
 
 def cite(
@@ -153,7 +170,10 @@ def cite(
         input_ids: prompt and answer, int64 [1, T], without the token that ends the turn.
         answer_start: where the answer begins.
     """
-    shares_M = mean_shares(model.attachment, input_ids, memory, answer_start)
+    return _citations(memory, mean_shares(model.attachment, input_ids, memory, answer_start), max_citations)
+
+
+def _citations(memory: KnowledgeMemory, shares_M: torch.Tensor, max_citations: int) -> tuple[Citation, ...]:
     best = shares_M.topk(min(max_citations, len(shares_M)))
     positions = best.indices[best.values > 0].cpu().numpy()
     fact_ids = memory.fact_ids[positions]
@@ -165,16 +185,11 @@ def cite(
     )
 
 
-def is_refusal(text: str, refusal_text: str) -> bool:
-    """Whether an answer is the adapter's refusal, whatever its case, blanks and last full stop."""
-    return _plain(text) == _plain(refusal_text)
-
-
 def refusal_statistic(model: KnowledgeModel, prompt_ids: torch.Tensor, memory: KnowledgeMemory) -> float:
-    """What an adapter's `refusal_threshold` is compared with: the largest retrieval score of any fact.
+    """What an adapter's `refusal_threshold` is compared with where it has no `refusal_weights`.
 
-    That is how much of its attention to facts the last prompt token pays to the best one, from 0 to 1, with the
-    question prior where there is one. 0 when there are no facts.
+    The largest retrieval score of any fact: how much of its attention to facts the last prompt token pays to the
+    best one, from 0 to 1, with the question prior where there is one. 0 when there are no facts.
 
     Args:
         prompt_ids: int64 [1, T], the whole prompt.
@@ -183,56 +198,9 @@ def refusal_statistic(model: KnowledgeModel, prompt_ids: torch.Tensor, memory: K
     return float(scores_M.max()) if len(scores_M) else 0.0
 
 
-def _lacks_evidence(model: KnowledgeModel, prompt_ids: torch.Tensor, memory: KnowledgeMemory | None) -> bool:
+def _lacks_evidence(
+    model: KnowledgeModel, evidence: Evidence, memory: KnowledgeMemory, messages: Sequence[Message]
+) -> bool:
     threshold = model.adapter.config.refusal_threshold
-    if threshold is None or memory is None:
-        return False
-    return refusal_statistic(model, prompt_ids, memory) < threshold
-
-
-def _check_length(model: KnowledgeModel, num_tokens: int) -> None:
-    """Raises InputError if the base model has a learned table of positions, and not so many of them.
-
-    Rotary and relative positions go on beyond what was trained: there the library warns.
-    """
-    base: Any = model.base_model
-    most = getattr(base.config, "max_position_embeddings", None)
-    if not isinstance(most, int) or num_tokens <= most:
-        return
-    tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
-    # OPT keeps two rows before its first position.
-    if any(table.num_embeddings in (most, most + 2) for table in tables if table is not base.get_input_embeddings()):
-        raise InputError(
-            f"prompt and answer may take {num_tokens} tokens, the base model has positions for {most}",
-            where="question",
-            help="ask a shorter question, or lower max_new_tokens",
-        )
-
-
-def _generate(
-    model: KnowledgeModel, prompt_ids: torch.Tensor, memory: KnowledgeMemory | None, max_new_tokens: int
-) -> torch.Tensor:
-    """Prompt and greedy answer, int64 [1, T], without the token that ends the turn."""
-    stops = _stop_ids(model)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    # Settings that base models bring for sampling would only be warned about.
-    settings |= {"temperature": None, "top_p": None, "top_k": None}
-    if stops:
-        settings |= {"eos_token_id": stops, "pad_token_id": stops[0]}
-    with torch.no_grad():
-        ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), knowledge=memory, **settings)
-    start = prompt_ids.shape[1]
-    answer = ids[0, start:].tolist()
-    end = next((at for at, token in enumerate(answer) if token in stops), len(answer))
-    return ids[:, : start + end]
-
-
-def _stop_ids(model: KnowledgeModel) -> list[int]:
-    """The chat template's end of turn, and what the base model says ends a text."""
-    configured = getattr(model.base_model.generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(token for token in (model.chat.end_of_turn_id, *configured) if token is not None))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".!")
+    assert threshold is not None
+    return statistic(model.adapter.config, features(model, evidence, memory, messages)) < threshold

@@ -340,17 +340,20 @@ class KnowledgeModel(nn.Module):
         Args:
             question: a text, or a conversation whose last message is the user's.
             memory: what to attend to; None asks the base model.
-            grounding: "off": the answer alone; "cite": with the facts that it attended to.
+            grounding: "off": the answer alone; "cite": with the facts that it attended to; "verbatim": the facts that
+                the question attends to most are read, and every value stated is the exact text of a fact cited.
             selection: "all" facts, or only the K that the question is nearest to: "similar:K".
-            max_citations: most facts to cite, by falling share of attention.
-            max_new_tokens: longest answer.
+            max_citations: most facts to cite, by falling share of attention; the answer does not depend on it.
+            max_new_tokens: longest answer that the model writes; "verbatim" never cuts a value short.
 
         Returns:
             `.text .citations .refused .kb_version`; refused if the text is the adapter's refusal, or the adapter has
-            a threshold and no fact reaches it.
+            a threshold and the statistic of the best facts is below it. "verbatim" then says the refusal, as it does
+            where there are no facts; the other two leave the text.
 
         Raises:
-            InputError: a setting or a message that cannot be, or the model has no tokenizer.
+            InputError: a setting or a message that cannot be, or the model has no tokenizer; "verbatim" without a
+                memory, or with one that has no texts; a refusal decision that needs texts which the memory lacks.
             EncoderMismatchError, EncoderNotFoundError, EncoderError: the question must be encoded and cannot be.
         """
         return asking.ask(

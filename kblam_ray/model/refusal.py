@@ -141,6 +141,16 @@ def statistic(config: AdapterConfig, given: Mapping[str, float]) -> float:
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
 
 
+def is_refusal(text: str, refusal_text: str) -> bool:
+    """Whether an answer is the adapter's refusal, whatever its case, blanks and last full stop."""
+    return plain(text) == plain(refusal_text)
+
+
+def plain(text: str) -> str:
+    """A text as refusals are compared: case folded, one blank for a run of blanks, without its last full stop."""
+    return " ".join(text.casefold().split()).rstrip(".!")
+
+
 def user_texts(messages: Messages) -> list[str]:
     """What the user said, message by message."""
     if isinstance(messages, str):

@@ -189,8 +189,6 @@ def test_groundings(model, kb_uri):
         other = model.ask(QUESTION, memory, max_new_tokens=4, **settings)
         assert other.citations == ()
         assert other.text == cited.text
-    with pytest.raises(InputError, match="verbatim"):
-        model.ask(QUESTION, memory, grounding="verbatim")
     base_alone = model.ask(QUESTION, None, max_new_tokens=4)
     assert (base_alone.citations, base_alone.kb_version) == ((), None)
     assert model.ask(QUESTION, memory.select([]), max_new_tokens=4).text == base_alone.text
