@@ -13,6 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from kblam_ray import KnowledgeAdapter
 from kblam_ray.errors import AdapterMismatchError, EncoderMismatchError, InputError, StorageError, TrainingError
@@ -22,7 +30,7 @@ from kblam_ray.training.checkpoints import CheckpointStore
 from kblam_ray.training.loop import worker
 from kblam_ray.training.loop.run import train
 from kblam_ray.training.loop.state import TrainingState
-from tests.model_samples import llama_tokenizer, tiny_llama
+from tests.model_samples import llama_tokenizer, phi_tokenizer, qwen_tokenizer, tiny_llama
 from tests.training.loop_cases import losses, make_places, settings
 
 
@@ -84,7 +92,7 @@ def test_resumed_it_goes_on_exactly(places, whole, tmp_path, at, caplog):
 
 def test_micro_batches_add_up_to_the_same_step(places, whole, tmp_path):
     train(settings(places, tmp_path / "out", micro_batch_size=1, checkpoint_activations=True))
-    assert losses(tmp_path / "out") == pytest.approx(losses(whole), abs=2e-5)
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), abs=1e-4)
 
 
 def test_a_run_that_is_there_is_not_overwritten_nor_resumed_as_another(places, whole, tmp_path):
@@ -164,6 +172,16 @@ def test_tables_and_adapters_of_different_encoders(places, whole, tmp_path):
         train(settings({**places, "base_model": str(tmp_path / "base")}, tmp_path / "c", start=str(whole)))
 
 
+def test_an_adapter_to_begin_with_is_not_made_another(places, whole, tmp_path):
+    with pytest.raises(InputError, match="asked for is kind paper"):
+        train(settings(places, tmp_path / "out", start=str(whole), kind="paper"))
+    summary = train(settings(places, tmp_path / "out", start=str(whole), steps=1, refusal_text="No."))
+    assert summary["kb_layers"] == [1, 3]
+    assert KnowledgeAdapter.from_pretrained(tmp_path / "out").config.refusal_text == "No."
+    first = load_file(tmp_path / "out" / "checkpoints" / "step-00000000" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, first[name]) for name, value in tensors(whole).items())
+
+
 def test_a_base_model_without_a_chat_template_is_asked_in_plain_text(places, tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "base")
     tokenizer = llama_tokenizer().__class__(
@@ -219,7 +237,7 @@ def test_evaluation_on_the_way_and_event_files(places, whole, tmp_path):
     assert [event["step"] for event in evaluated] == [2, 4]
     assert all(0 <= event["retrieval@1"] <= event["retrieval@5"] <= 1 for event in evaluated)
     (file,) = (tmp_path / "out" / "tensorboard").iterdir()
-    assert b"held_out/retrieval@5" in file.read_bytes()
+    assert b"held_out/retrieval_at_5" in file.read_bytes()
     assert b"train/loss" in file.read_bytes()
 
 
@@ -232,3 +250,63 @@ def test_partial_folders_are_not_looked_at(tmp_path):
     (tmp_path / ".step-00000004.abc.partial").mkdir(parents=True)
     assert CheckpointStore(str(tmp_path)).newest() is None
     assert checkpoints.MANIFEST == "manifest.json"
+
+
+def llama_3(tokenizer) -> LlamaForCausalLM:
+    scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(tokenizer), rope_parameters=scaling))
+
+
+def phi_3(tokenizer) -> Phi3ForCausalLM:
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    # Its residual and attention dropout must not be at work in a frozen model.
+    dropout = {"resid_pdrop": 0.5, "attention_dropout": 0.5, "embd_pdrop": 0.5}
+    return Phi3ForCausalLM(Phi3Config(**SIZES, vocab_size=len(tokenizer), **ids, **dropout))
+
+
+def qwen_3(tokenizer) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, vocab_size=len(tokenizer)))
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "tokenizer"),
+    [
+        pytest.param(llama_3, llama_tokenizer(), id="llama-3"),
+        pytest.param(phi_3, phi_tokenizer(), id="phi-3"),
+        pytest.param(qwen_3, qwen_tokenizer(), id="qwen-3", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("kind", ["shared", "paper"])
+def test_the_supported_families_train(places, tmp_path, make, tokenizer, kind):
+    torch.manual_seed(0)
+    make(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    given = {
+        "steps": 14,
+        "kind": kind,
+        "kb_scale": 100.0,
+        "learning_rate": 2e-2,
+        "checkpoint_activations": True,
+        "mix": {"kb_size": (4, 4), "question_mix": {"simple": 1}},
+        "losses": {"next_token": 0, "refusal": 0},
+    }
+    train(settings({**places, "base_model": str(tmp_path / "base")}, tmp_path / "out", **given))
+    curve = losses(tmp_path / "out")
+    assert sum(curve[step] for step in range(10, 15)) < 0.9 * sum(curve[step] for step in range(1, 6))
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_curve(places, whole, tmp_path):
+    train(settings(places, tmp_path / "out", compile=True))
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), abs=1e-4)

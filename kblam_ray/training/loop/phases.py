@@ -26,6 +26,8 @@ from kblam_ray.training.closed_form.fit import fit
 from kblam_ray.training.loop.plan import RunPlan
 from kblam_ray.training.loop.state import TrainingState
 from kblam_ray.training.loop.worker import base_model_of
+from kblam_ray.training.mix.examples import ExampleMaker
+from kblam_ray.training.mix.texts import read_texts
 from kblam_ray.training.settings import CLOSED_FORM, RANDOM
 
 Say = Callable[[str], None]
@@ -60,6 +62,10 @@ def begin(plan: RunPlan, say: Say) -> None:
     for name in ("kb_scale", "retrieval_layers"):
         if getattr(settings, name) is not None:
             fields[name] = getattr(settings, name)
+    if settings.method == "train":
+        # Whether examples can be made is known before minutes are spent on a fit.
+        texts = read_texts(settings.mix.text_input) if settings.mix.text_input else ()
+        ExampleMaker(facts, chat, settings.mix, texts=texts)
     if settings.start == CLOSED_FORM or settings.method == "closed-form":
         fitted = fit(
             base_model,
@@ -93,8 +99,9 @@ def begin(plan: RunPlan, say: Say) -> None:
         require_encoder(adapter.config, facts.encoder, where=", ".join(uri for uri, _ in plan.tables))
         # What was calibrated is calibrated anew; what it refuses with stays, unless another text is to be taught.
         kept = {name: fields[name] for name in ("training_kb_range", "retrieval_layers") if name in fields}
-        if settings.refusal_text is not None:
-            kept["refusal_text"] = settings.refusal_text
+        for name in ("refusal_text", "chat_template"):
+            if getattr(settings, name) is not None:
+                kept[name] = getattr(settings, name)
         adapter.configure(**kept)
     notes["seconds"] = {"start": round(time.monotonic() - started, 2)}
     state = TrainingState(

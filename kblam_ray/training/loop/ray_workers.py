@@ -187,7 +187,11 @@ def _train_function(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     if plan.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    ranks = Ranks(context.get_world_rank(), context.get_world_size(), torch.device(get_device()))
+    device = torch.device(get_device())
+    if device.type == "cuda":
+        # Workers of one machine may see all of its GPUs.
+        torch.cuda.set_device(device)
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     has_trackers = plan.settings.mlflow_uri or plan.settings.wandb_project
     try:
         done = train_rank(plan, ranks, BoardFar(config["board"]), ray.train.report if has_trackers else None)

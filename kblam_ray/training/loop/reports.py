@@ -155,7 +155,8 @@ class Sinks:
             for name, value in event.items():
                 if self._writer is not None and isinstance(value, float):
                     place = name if "/" in name else f"{'train' if event['kind'] == 'step' else 'held_out'}/{name}"
-                    self._writer.add_scalar(place, value, event["step"])
+                    # Of an @ it makes an underscore, with a warning each time.
+                    self._writer.add_scalar(place.replace("@", "_at_"), value, event["step"])
         self.say(_human(event))
 
     def say(self, text: str) -> None:
@@ -190,4 +191,4 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
             where="--tensorboard",
             help="pip install 'kblam-ray[train]', or give --no-tensorboard",
         ) from None
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None, flush_secs=30)
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step > 0 else None, flush_secs=30)

@@ -73,12 +73,18 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             else:
                 sinks.say(f"going on from step {step} in {store.uri}")
             resumed_from = step if settings.resume else None
+            trained_at = time.monotonic()
             if settings.method == "train" and step < settings.steps:
                 _train(plan, sinks)
+            training_s = round(time.monotonic() - trained_at, 2)
             adapter, found = _phase(phases.finish, plan, sinks)
         finally:
             sinks.close()
-        found["seconds"] = {**found.get("seconds", {}), "this_run": round(time.monotonic() - started, 2)}
+        found["seconds"] = {
+            **found.get("seconds", {}),
+            "training": training_s,
+            "this_run": round(time.monotonic() - started, 2),
+        }
         _write_result(plan, folder, adapter, found)
     return _summary(plan, adapter, found, resumed_from)
 
@@ -97,6 +103,14 @@ def _check_early(settings: TrainSettings) -> None:
         return
     given = AdapterConfig.read(settings.start)
     given.check_base(base_config)
+    for name in ("kind", "kb_layers", "kb_layer_frequency", "kb_scale"):
+        wanted = getattr(settings, name)
+        if name in settings.model_fields_set and wanted is not None and wanted != getattr(given, name):
+            raise InputError(
+                f"the adapter to begin with has {name} {getattr(given, name)}, asked for is {name} {wanted}",
+                where="--start",
+                help="leave that setting out, or begin with another adapter",
+            )
     for uri in settings.kb:
         require_encoder(given, KnowledgeBase.open(uri).encoder, where=uri)
 
