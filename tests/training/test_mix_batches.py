@@ -106,7 +106,7 @@ def test_ray_makes_the_same_batches_in_the_same_order(ray_session):
     maker = make(batch_size=8)
     share = Share(1, 2, 2)
     last = 2 * EXAMPLES_PER_TASK // 4 + 5  # several tasks, the last one shorter
-    rows = dataset(maker, 3, last, share, num_workers=2)
+    rows = dataset(maker, 3, last, share)
     streamed = list(stream_batches(rows, maker, share))
     here = list(batches(maker, 3, last, share))
     assert len(streamed) == last - 3
