@@ -176,7 +176,8 @@ class _Table:
 
     def prior_scores(self, model: KnowledgeModel, question: Question) -> PriorScores:
         messages = messages_of(question)
-        cosines, named = {}, {}
+        cosines: dict[str, torch.Tensor] = {}
+        named: dict[str, torch.Tensor] = {}
         texts: dict[str, str] = {}
         for context in CONTEXTS:
             prior = QuestionPrior(model.prior.encoder, 1.0, context)  # type: ignore[arg-type]

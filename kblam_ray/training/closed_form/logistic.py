@@ -13,7 +13,7 @@ import numpy as np
 from kblam_ray.errors import InputError
 
 BIAS = "bias"
-PENALTY = 1e-2
+PENALTY = 1e-3
 """Of squared weights of standardised features, per example."""
 
 

@@ -56,7 +56,7 @@ class PriorSearch:
     @classmethod
     def over(cls, settings: CalibrationSettings, layers: Sequence[int]) -> PriorSearch:
         """Each KB layer alone, and all of them."""
-        choices = [(layer,) for layer in layers]
+        choices: list[tuple[int, ...]] = [(layer,) for layer in layers]
         if len(layers) > 1:
             choices.append(tuple(layers))
         return cls(settings, tuple(choices))

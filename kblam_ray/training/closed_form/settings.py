@@ -42,7 +42,7 @@ class ClosedFormSettings(BaseModel):
     )
     held_out: float = Field(0.1, gt=0, lt=1, description="share of the entities that choose and are not fitted on")
     ridges: tuple[float, ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1), min_length=1, description="ridge strengths tried, as parts of the mean variance"
+        (1e-5, 1e-4, 1e-3, 1e-2), min_length=1, description="ridge strengths tried, as parts of the mean variance"
     )
     shrinkages: tuple[float, ...] = Field(
         (0.03, 0.1, 0.3, 1.0),
@@ -68,7 +68,7 @@ class ClosedFormSettings(BaseModel):
     )
     kb_size: int = Field(500, ge=2, description="facts of the knowledge base on which candidates are compared")
     num_gate_questions: int = Field(
-        64, ge=1, description="held-out questions whose answers' loss chooses the gates' margins"
+        48, ge=1, description="held-out questions whose answers' loss chooses the gates' margins"
     )
     batch_tokens: int = Field(4_096, ge=1, description="tokens of one forward pass, padding included")
     block_questions: int = Field(
