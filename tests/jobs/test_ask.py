@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from model_samples import FACTS, make_kb, save_base, tiny_adapter, tiny_llama
 from running import run_job
 
 from jobs import ask
+from kblam_ray.demo import shipped
 from kblam_ray.errors import EncoderMismatchError, InputError
 from kblam_ray.model import KnowledgeModel, write_bundle
 from kblam_ray.table import KnowledgeBase
@@ -73,11 +76,9 @@ def test_a_plan_loads_nothing(parts, tmp_path):
 @pytest.mark.parametrize(
     ("left_out", "others", "error"),
     [
-        (["--base-model", "--adapter"], {}, "the demo's"),
         (["--adapter"], {}, "--adapter not given"),
         (["--kb"], {}, "--kb not given"),
         ([], {"question": None}, "--question not given"),
-        ([], {"grounding": "verbatim"}, "verbatim"),
         ([], {"selection": "best:3"}, "best:3"),
         ([], {"bundle": "somewhere"}, "a bundle and"),
         ([], {"kb_version": 7}, "version"),
@@ -90,6 +91,26 @@ def test_wrong_input_is_named(parts, left_out, others, error):
     settings = {flag.strip("-").replace("-", "_"): value for flag, value in given.items()}
     with pytest.raises(InputError, match=error):
         ask.ask(ask.AskSettings(**{**settings, "question": QUESTION, "device": "cpu", **others}))
+
+
+def test_without_a_model_the_demos_answers(parts, monkeypatch):
+    monkeypatch.setattr(shipped, "BASE_MODEL", Path(parts["--base-model"]))
+    monkeypatch.setattr(shipped, "ADAPTER", Path(parts["--adapter"]))
+    settings = ask.AskSettings(kb=parts["--kb"], question=QUESTION, grounding="off", max_new_tokens=4, device="cpu")
+    named = settings.model_copy(update={"base_model": parts["--base-model"], "adapter": parts["--adapter"]})
+    assert ask.ask(settings) == ask.ask(named)
+    planned = ask.ask(ask.AskSettings(kb=parts["--kb"], plan=True))
+    assert planned["plan"]["num_facts"] == len(FACTS) - 1
+
+
+def test_a_verbatim_answer(parts):
+    settings = {flag.strip("-").replace("-", "_"): value for flag, value in parts.items()}
+    given = {"question": QUESTION, "grounding": "verbatim", "selection": "similar:1", "max_new_tokens": 4}
+    summary = ask.ask(ask.AskSettings(**settings, **given, device="cpu"))
+    assert (summary["text"], summary["refused"], summary["kb_version"]) == ("The capital of Peru is Lima.", False, 1)
+    (cited,) = summary["citations"]
+    assert set(cited) == {"fact_id", "entity", "property", "value", "metadata", "score"}
+    assert (cited["entity"], cited["value"], type(cited["fact_id"])) == ("Peru", "Lima", str)
 
 
 def test_wrong_input_is_the_summary(parts):

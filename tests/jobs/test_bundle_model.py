@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from model_samples import make_kb, save_base, tiny_adapter, tiny_llama
 from running import run_job
 
 from jobs import bundle_model
+from kblam_ray.demo import shipped
 from kblam_ray.errors import InputError
 from kblam_ray.job import parse
 from kblam_ray.model import load_bundle
@@ -46,10 +48,17 @@ def test_a_reference_that_follows(parts, tmp_path):
     assert written["kb"] == {"uri": parts[5], "version": None}
 
 
+def test_without_a_model_the_demos_is_bundled(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "BASE_MODEL", Path(parts[1]))
+    monkeypatch.setattr(shipped, "ADAPTER", Path(parts[3]))
+    summary = bundle_model.bundle(bundle_model.BundleSettings(kb=parts[5], output=str(tmp_path / "demo")))
+    assert summary["base_model"].startswith(str(tmp_path / "demo"))
+    assert (tmp_path / "demo" / "base" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({}, "the demo's"),
         ({"adapter": "a"}, "--base-model not given"),
         ({"base_model": "b"}, "--adapter not given"),
         ({"base_model": "b", "adapter": "a", "follow": True, "kb_version": 1}, "--follow and"),
