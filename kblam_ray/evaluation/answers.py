@@ -12,8 +12,7 @@ import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.evaluation.retrieval import padded
-from kblam_ray.model.asking import _check_length as check_length
-from kblam_ray.model.asking import _stop_ids as stop_ids
+from kblam_ray.model.generation import check_length, stop_ids
 from kblam_ray.model.knowledge_model import KnowledgeModel
 
 

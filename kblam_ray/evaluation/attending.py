@@ -13,11 +13,11 @@ from kblam_ray.evaluation.answers import generate_answers
 from kblam_ray.evaluation.metrics import retrieval_ranks
 from kblam_ray.evaluation.outcomes import Outcome, System, judged
 from kblam_ray.evaluation.questions import Asked
+from kblam_ray.evaluation.reading import ReadAnswer, verbatim_answers
 from kblam_ray.evaluation.retrieval import evidence_of
 from kblam_ray.evaluation.task import Task
-from kblam_ray.model.asking import is_refusal
 from kblam_ray.model.prior import QuestionPrior
-from kblam_ray.model.refusal import features, statistic
+from kblam_ray.model.refusal import features, is_refusal, statistic
 
 
 def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outcome]]:
@@ -41,9 +41,12 @@ def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outc
         if "off" in groundings:
             texts = generate_answers(model, prompts, memories, settings.max_new_tokens)
             outcomes[System("attention", has_prior, "off")] = _answered(task, questions, texts, statistics)
-        for grounding in groundings:
-            if grounding != "off":
-                outcomes[System("attention", has_prior, grounding)] = _asked(task, questions, statistics, grounding)
+        if "cite" in groundings:
+            outcomes[System("attention", has_prior, "cite")] = _cited(task, questions, statistics)
+        if "verbatim" in groundings:
+            conversations = [question.messages for question in questions]
+            answers = verbatim_answers(model, conversations, memories, evidence, statistics, settings.max_new_tokens)
+            outcomes[System("attention", has_prior, "verbatim")] = _read(task, questions, answers, statistics)
         for system, batch in outcomes.items():
             found.setdefault(system, {}).update(zip(numbers, batch, strict=True))
     return {system: [by_number[number] for number in sorted(by_number)] for system, by_number in found.items()}
@@ -94,21 +97,29 @@ def _answered(
     ]
 
 
-def _asked(task: Task, questions: Sequence[Asked], statistics: Sequence[float], grounding: str) -> list[Outcome]:
+def _cited(task: Task, questions: Sequence[Asked], statistics: Sequence[float]) -> list[Outcome]:
+    """One question at a time: citations take a pass over each answer."""
     found = []
-    row_of = {fact_id: row for row, fact_id in enumerate(task.facts.fact_ids_M.tolist())}
     for question, sure in zip(questions, statistics, strict=True):
         answer = task.model.ask(
-            list(question.messages), task.memory, grounding=grounding, max_new_tokens=task.settings.max_new_tokens
+            list(question.messages), task.memory, grounding="cite", max_new_tokens=task.settings.max_new_tokens
         )
-        found.append(
-            judged(
-                question,
-                task.values,
-                answer.text,
-                refused=answer.refused,
-                statistic=sure,
-                cited=[row_of[citation.fact_id] for citation in answer.citations],
-            )
-        )
+        cited = task.rows(citation.fact_id for citation in answer.citations)
+        found.append(judged(question, task.values, answer.text, refused=answer.refused, statistic=sure, cited=cited))
     return found
+
+
+def _read(
+    task: Task, questions: Sequence[Asked], answers: Sequence[ReadAnswer], statistics: Sequence[float]
+) -> list[Outcome]:
+    return [
+        judged(
+            question,
+            task.values,
+            answer.text,
+            refused=answer.refused,
+            statistic=sure,
+            cited=task.rows(answer.fact_ids),
+        )
+        for question, answer, sure in zip(questions, answers, statistics, strict=True)
+    ]

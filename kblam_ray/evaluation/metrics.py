@@ -5,6 +5,7 @@ Shape legend: M facts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,24 +62,24 @@ def exact_match(
 
 
 def token_f1(text: str, reference: str, *, given: str = "", names: Sequence[str] = ()) -> tuple[float, float, float]:
-    """Precision, recall and F1 of an answer's words against those of a reference, as multisets.
+    """Precision, recall and F1 of what an answer states against a reference: of their words as multisets.
 
-    As SQuAD scores answers (P. Rajpurkar et al., arXiv 1606.05250): case and marks do not count. Words that the
-    question has, and words that only frame a statement, are left out of the answer unless the reference has them: the
-    question repeated is worth nothing and costs nothing. In scripts without blanks each letter is a word.
+    As SQuAD scores answers (P. Rajpurkar et al., arXiv 1606.05250): case and marks do not count. Of both sides only
+    words that tell something are compared: not those of the question, nor those that only frame a statement, so that
+    the question repeated is worth nothing and costs nothing. A reference of nothing but such words is compared with
+    as many of them in the answer. In scripts without blanks each letter is a word.
 
     Args:
         reference: what shall be stated: the values.
         given, names: see `exact_match`.
     """
-    wanted = words(reference)
-    stated = Statement(text, given, names).content(keep=set(wanted))
-    left = list(wanted)
-    shared = 0
-    for word in stated:
-        if word in left:
-            left.remove(word)
-            shared += 1
+    statement = Statement(text, given, names)
+    stated = statement.content()
+    wanted = statement.telling(words(reference))
+    if not wanted:
+        wanted = words(reference)
+        stated += (Counter(words(text)) & Counter(wanted) - Counter(stated)).elements()
+    shared = (Counter(stated) & Counter(wanted)).total()
     if not shared:
         return 0.0, 0.0, 0.0
     precision, recall = shared / len(stated), shared / len(wanted)

@@ -103,9 +103,13 @@ class Statement:
         self._given = frozenset(words(given)) | {word for name in names for word in words(name)}
         self._names = [one_line(name) for name in names]
 
-    def content(self, keep: set[str]) -> list[str]:
-        """The words, case folded, without those of what was given and of the frame, unless they are in `keep`."""
-        return [word for word in self._words if word in keep or not self._is_harmless(word)]
+    def content(self) -> list[str]:
+        """The words of the answer that tell something, see `telling`."""
+        return self.telling(self._words)
+
+    def telling(self, given: Sequence[str]) -> list[str]:
+        """Words without those of what was said before, and without those of the frame."""
+        return [word for word in given if not self._is_harmless(word)]
 
     def is_exactly(self, values: Sequence[str], others: Sequence[str] | ValueIndex = ()) -> bool:
         """Whether the answer states the values and no more: the rules of `metrics.exact_match`."""
@@ -116,11 +120,7 @@ class Statement:
         for value in wanted:
             within = [span for name in longer_names if len(name) > len(value) for span in self._occurrences(name)]
             found = next(
-                (
-                    span
-                    for span in self._occurrences(value, at)
-                    if not any(start <= span[0] and span[1] <= end for start, end in within) and self._is_bare(span)
-                ),
+                (span for span in self._occurrences(value, at) if not _within(span, within) and self._is_bare(span)),
                 None,
             )
             if found is None:
@@ -196,10 +196,11 @@ class Statement:
 
     def _states_another(self, taken: Sequence[Span], wanted: Sequence[str], others: Sequence[str] | ValueIndex) -> bool:
         index = others if isinstance(others, ValueIndex) else ValueIndex(others)
+        named = [span for name in self._names for span in self._occurrences(name)]
         for value in {value for word in self._words for value in index.starting_with(word)}:
             if value in wanted or value in self._names or _stands_in(value, self._given_text):
                 continue
-            if any(not _overlaps(span, taken) for span in self._occurrences(value)):
+            if any(not _overlaps(span, taken) and not _within(span, named) for span in self._occurrences(value)):
                 return True
         return False
 
@@ -210,6 +211,10 @@ def _stands_in(value: str, text: str) -> bool:
 
 def _overlaps(span: Span, taken: Sequence[Span]) -> bool:
     return any(span[0] < end and start < span[1] for start, end in taken)
+
+
+def _within(span: Span, others: Sequence[Span]) -> bool:
+    return any(start <= span[0] and span[1] <= end for start, end in others)
 
 
 def _is_letter(letter: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -85,6 +86,14 @@ class Task:
         for start in range(0, len(order), size):
             yield order[start : start + size]
             self.tell(what, min(start + size, len(order)))
+
+    def rows(self, fact_ids: Iterable[int]) -> list[int]:
+        """Rows of facts."""
+        return [self._row_of[fact_id] for fact_id in fact_ids]
+
+    @cached_property
+    def _row_of(self) -> dict[int, int]:
+        return {fact_id: row for row, fact_id in enumerate(self.facts.fact_ids_M.tolist())}
 
     def tell(self, what: str, num_done: int) -> None:
         if self.progress is not None:

@@ -63,6 +63,24 @@ def test_a_batch_finds_what_asking_one_by_one_finds(model, evaluation):
             assert retrieved.ranks is None
 
 
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_verbatim_answers_in_batches_are_those_of_ask(model, monkeypatch, threshold):
+    monkeypatch.setattr(model.adapter, "_config", model.adapter.config.changed(refusal_threshold=threshold))
+    found = evaluate(model, FACTS, settings(num_facts=[40], grounding=["verbatim"], baseline=[], prior=True))
+    (size,) = found.sizes
+    memory = memory_of(model.adapter, size.facts)
+    ids = size.facts.fact_ids_M
+    for question, outcome in zip(size.questions, size.outcomes[System("attention", True, "verbatim")], strict=True):
+        answer = model.ask(list(question.messages), memory, grounding="verbatim", max_new_tokens=4)
+        assert (outcome.text, outcome.refused) == (answer.text, answer.refused)
+        if question.wanted:
+            cited = {citation.fact_id for citation in answer.citations}
+            assert outcome.is_cited is ({int(ids[row]) for row in question.wanted} <= cited)
+    # Words lead to the facts here, whatever the model writes.
+    exact = found.summary()["sizes"][0]["results"][1]["answers"]["simple"]["exact_match"]["value"]
+    assert exact == 1 if threshold is None else exact is not None
+
+
 def _scores(model, ids, memory) -> np.ndarray:
     from kblam_ray.attention.trace import retrieval_scores
 

@@ -8,8 +8,8 @@ from kblam_ray.evaluation.baselines.dense import reading_messages
 from kblam_ray.evaluation.metrics import retrieval_ranks
 from kblam_ray.evaluation.outcomes import Outcome, System, judged
 from kblam_ray.evaluation.task import Task
-from kblam_ray.model.asking import is_refusal
 from kblam_ray.model.prior import QuestionPrior
+from kblam_ray.model.refusal import is_refusal
 
 
 def baseline_outcomes(task: Task, prior: QuestionPrior) -> dict[System, list[Outcome]]:
