@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,6 @@ from kblam_ray.training.closed_form.discriminant import (
     HeldOutTask,
     LayerFit,
     best_query,
-    linear_part,
     metric,
     part_weights,
     solve_ridge,
@@ -21,7 +22,13 @@ from kblam_ray.training.closed_form.positions import COPY, OTHER, PROMPT, VALUE
 from kblam_ray.training.closed_form.statistics import Statistics, with_one
 
 HIDDEN, DIM, LAYER = 24, 8, 3
-CHOICES = {"prompt_shares": (0.3, 0.6), "ridges": (1e-6, 1e-2), "shrinkages": (0.01, 0.3), "others": (COPY, VALUE)}
+CHOICES = {
+    "prompt_shares": (0.3, 0.6),
+    "ridges": (1e-6, 1e-2),
+    "shrinkages": (0.01, 0.3),
+    "key_shares": (0.0, 0.5),
+    "others": (COPY, VALUE),
+}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,8 +36,12 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def unit_keys(num: int, dim: int = DIM) -> torch.Tensor:
-    """As sentence encoders give them: of length 1, around a mean that is not 0."""
-    return torch.nn.functional.normalize(draw(num, dim) + 0.3, dim=1) - 0.1
+    """Of length 1, as sentence encoders give them."""
+    return torch.nn.functional.normalize(draw(num, dim), dim=1)
+
+
+def covariance(keys_MP: torch.Tensor) -> torch.Tensor:
+    return keys_MP.T @ keys_MP / len(keys_MP)
 
 
 def add_rows(statistics: Statistics, part: int, hidden_nX: torch.Tensor, keys_nP: torch.Tensor | None, lse_nN=None):
@@ -56,17 +67,17 @@ def test_hidden_states_that_are_a_linear_image_of_the_keys_find_every_fact():
     for part in (PROMPT, COPY, VALUE):
         add_rows(statistics, part, keys_MP[:100] @ map_PX + 1.0, keys_MP[:100])
     task = task_of(keys_MP, keys_MP[100:] @ map_PX + 1.0, torch.arange(100, 200))
-    query = best_query(statistics, LAYER, task, keys_MP[:100], **CHOICES)
+    query = best_query(statistics, LAYER, task, covariance(keys_MP), **CHOICES)
     assert query.chosen.top_1 == 1.0
     assert query.chosen.cross_entropy < 0.1
 
 
 def test_without_a_bias_the_query_has_none():
-    keys_MP, map_PX = torch.nn.functional.normalize(draw(200, DIM), dim=1), draw(DIM, HIDDEN, seed=1)
+    keys_MP, map_PX = unit_keys(200), draw(DIM, HIDDEN, seed=1)
     statistics = Statistics()
     add_rows(statistics, PROMPT, keys_MP[:100] @ map_PX, keys_MP[:100])
     task = task_of(keys_MP, keys_MP[100:] @ map_PX, torch.arange(100, 200))
-    query = best_query(statistics, LAYER, task, keys_MP[:100], with_bias=False, **CHOICES)
+    query = best_query(statistics, LAYER, task, covariance(keys_MP), with_bias=False, **CHOICES)
     assert (query.weight_PX[:, -1] == 0).all()
     assert query.chosen.top_1 == 1.0
 
@@ -83,19 +94,20 @@ def test_the_residual_covariance_finds_what_the_plain_inner_product_misses():
     predicted_PX, residual_PP = fit.predicted(1e-6)
     wanted_n, rows_nX = torch.arange(300, 400), with_one(hidden_MX[300:])
     plain = top_1_share(rows_nX @ predicted_PX.T @ keys_MP.T, wanted_n)
-    told = top_1_share(rows_nX @ (metric(residual_PP, 0.001) @ predicted_PX).T @ keys_MP.T, wanted_n)
+    told = top_1_share(rows_nX @ (metric(residual_PP, residual_PP, 0.001, 0.0) @ predicted_PX).T @ keys_MP.T, wanted_n)
     assert told > plain + 0.1
-    chosen = best_query(statistics, LAYER, task_of(keys_MP, hidden_MX[300:], wanted_n), keys_MP, **CHOICES).chosen
+    chosen = best_query(
+        statistics, LAYER, task_of(keys_MP, hidden_MX[300:], wanted_n), covariance(keys_MP), **CHOICES
+    ).chosen
     assert chosen.shrinkage < 1
 
 
-def test_the_linear_part_of_the_facts_own_term():
-    metric_PP = torch.diag(torch.rand(DIM, dtype=torch.float64) + 0.5)
-    keys_MP = draw(500, DIM) ** 2
-    keys_MP -= keys_MP.mean(0)
-    half_M = -0.5 * ((keys_MP @ metric_PP) * keys_MP).sum(1)
-    left_M = half_M - keys_MP @ linear_part(metric_PP, keys_MP)
-    assert left_M.var() < 0.7 * half_M.var()
+def test_the_metric_between_residuals_keys_and_the_identity():
+    residual_PP, keys_PP = torch.diag(torch.tensor([1.0, 3.0]).double()), torch.diag(torch.tensor([5.0, 1.0]).double())
+    for wanted_P, choice in (([1.5, 0.5], (0.0, 0.0)), ([1 / 3, 5 / 3], (0.0, 1.0)), ([1.25, 0.75], (1.0, 0.0))):
+        found_PP = metric(residual_PP, keys_PP, *choice)
+        torch.testing.assert_close(found_PP, torch.diag(torch.tensor(wanted_P).double()))
+    assert torch.equal(metric(residual_PP, keys_PP, math.inf, 0.5), torch.eye(2).double())
 
 
 def test_statistics_add_up_to_those_of_one_pass():

@@ -71,7 +71,7 @@ def operation_count(
     tokens = settings.num_questions * tokens_per_question
     layers = min(settings.max_candidate_layers, shape.num_layers)
     row = 2 * (hidden + 1) * (hidden + 1 + dim + heads)
-    # Per candidate layer: the ridges at one weighting, the best ridge at the others.
+    # Per candidate layer: the ridges at one weight of the prompt token, the best ridge at the others.
     tried = len(settings.ridges) + len(settings.prompt_shares) - 1
     solve = (hidden**3) / 3 + 2 * hidden**2 * dim + 2 * hidden**2 * dim
     gate_tokens = settings.num_gate_questions * tokens_per_question

@@ -5,9 +5,10 @@ Shape legend: n rows, X hidden size, P encoder dim, M facts.
 Ridge regression predicts the asked key, `ê = B h`, with `B = (H^T H + ridge)^-1 H^T E`. Taken as normal around it with
 covariance R, the log-likelihood of fact m's key is `ê^T R^-1 e_m - e_m^T R^-1 e_m / 2 + terms that all facts share`
 (linear discriminant analysis; Fisher 1936; Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning",
-section 4.3). Its first term is what a shared-score adapter computes; of the second, which belongs to a fact and not to
-the token, the part that is linear in the key goes into the query's bias. R is that of the residuals, shrunk towards
-a multiple of the identity; with the multiple alone the score is the plain inner product of prediction and key.
+section 4.3). Its first term is what a shared-score adapter computes; the second belongs to the fact alone and is left
+out: with MiniLM's keys, all of length 1, facts were found more often without it than with it or its best linear
+stand-in. R is the covariance of the residuals, shrunk towards that of all keys and towards a multiple of the identity;
+with the identity alone the score is the plain inner product of prediction and key.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kblam_ray.errors import AdapterError
-from kblam_ray.training.closed_form.statistics import Statistics, with_one
+from kblam_ray.training.closed_form.statistics import Statistics
 
 TEMPERATURES = tuple(2.0 ** (power / 2) for power in range(-12, 11))
 """Factors on the scores of which the one with the least cross-entropy is taken."""
@@ -65,7 +66,7 @@ class Candidate:
     prompt_share: float
     ridge: float
     shrinkage: float
-    has_bias: bool
+    key_share: float
     temperature: float = 1.0
     cross_entropy: float = math.inf
     top_1: float = 0.0
@@ -139,71 +140,79 @@ class LayerFit:
         return weight_XP.T, (residual_PP + residual_PP.T) / 2
 
 
-def metric(residual_PP: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    """The inverse of the shrunk residual covariance, scaled to the mean eigenvalue 1."""
-    dim = len(residual_PP)
-    mean = residual_PP.diagonal().mean().clamp_min(1e-12)
-    eye_PP = torch.eye(dim, dtype=residual_PP.dtype, device=residual_PP.device)
+def metric(residual_PP: torch.Tensor, key_covariance_PP: torch.Tensor, shrinkage: float, key_share: float):
+    """The inverse of the shrunk residual covariance [P, P], scaled to the mean eigenvalue 1.
+
+    Args:
+        shrinkage: the multiple of the identity, as a part of the mean variance; infinite: the identity alone.
+        key_share: how far the residuals' covariance is moved to that of all keys, from 0 to 1.
+    """
+    covariance_PP = torch.lerp(residual_PP, key_covariance_PP, key_share)
     if math.isinf(shrinkage):
-        return eye_PP
+        return torch.eye(len(residual_PP), dtype=residual_PP.dtype, device=residual_PP.device)
+    mean = covariance_PP.diagonal().mean().clamp_min(1e-12)
     # Clamped: of fewer rows than numbers the smallest eigenvalues are rounding.
-    values_P, vectors_PP = torch.linalg.eigh(residual_PP)
+    values_P, vectors_PP = torch.linalg.eigh(covariance_PP)
     inverse_P = 1 / (values_P.clamp_min(0) + shrinkage * mean)
     return (vectors_PP * (inverse_P / inverse_P.mean())) @ vectors_PP.T
-
-
-def linear_part(metric_PP: torch.Tensor, keys_MP: torch.Tensor) -> torch.Tensor:
-    """The P numbers b for which `<b, e>` is nearest to `-e^T R^-1 e / 2`, up to a constant, over centred keys."""
-    half_M = -0.5 * ((keys_MP @ metric_PP) * keys_MP).sum(1)
-    ones_MP = with_one(keys_MP)
-    return solve_ridge(ones_MP.T @ ones_MP, ones_MP.T @ half_M[:, None], 1e-3)[:-1, 0]
 
 
 def best_query(
     statistics: Statistics,
     layer: int,
     task: HeldOutTask,
-    sample_keys_MP: torch.Tensor,
+    key_covariance_PP: torch.Tensor,
     *,
     prompt_shares: Sequence[float],
     ridges: Sequence[float],
     shrinkages: Sequence[float],
+    key_shares: Sequence[float],
     others: Sequence[int],
     with_bias: bool = True,
 ) -> Query:
     """The query of a layer that does best on held-out questions.
 
-    The ridge and the shrinkage are chosen at the middle weight of the prompt token, then the weight.
+    Each choice in turn takes the value with the least cross-entropy, the others fixed: the ridge first, from the middle
+    of all; the weight of the prompt token last. The plain inner product is always tried.
 
     Args:
-        sample_keys_MP: centred keys, over which a fact's own term is made linear.
+        key_covariance_PP: of all keys.
         others: the parts besides the main one.
         with_bias: False: the query has none, as kind "paper" wants it.
     """
-    shares = sorted(prompt_shares, key=lambda share: abs(share - sorted(prompt_shares)[len(prompt_shares) // 2]))
-    best: Query | None = None
-    for share in shares:
-        weights = part_weights(statistics, share, task.main, others)
-        fit = LayerFit(statistics, layer, weights, task.keys_MP.device, has_one=with_bias)
-        for ridge in ridges if best is None else (best.chosen.ridge,):
-            predicted_PX, residual_PP = fit.predicted(ridge)
-            # The plain inner product is among the candidates.
-            for shrinkage in (*shrinkages, math.inf):
-                metric_PP = metric(residual_PP, shrinkage)
-                weight_PX = metric_PP @ predicted_PX
-                biases: list[torch.Tensor | None] = [None]
-                if with_bias:
-                    biases.append(linear_part(metric_PP, sample_keys_MP))
-                for bias_P in biases:
-                    found = weight_PX if bias_P is None else weight_PX.clone()
-                    if bias_P is not None:
-                        found[:, -1] += bias_P
-                    chosen = Candidate(layer, share, ridge, shrinkage, bias_P is not None)
-                    query = judged(Query(chosen, found), task)
-                    if best is None or query.chosen.cross_entropy < best.chosen.cross_entropy:
-                        best = query
-    assert best is not None
-    return best
+    fits: dict[float, LayerFit] = {}
+    known: dict[tuple, Query] = {}
+    predicted: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def made(share: float, ridge: float, shrinkage: float, key_share: float) -> Query:
+        key = (share, ridge, shrinkage, key_share)
+        if key not in known:
+            if share not in fits:
+                weights = part_weights(statistics, share, task.main, others)
+                fits[share] = LayerFit(statistics, layer, weights, task.keys_MP.device, has_one=with_bias)
+            if (share, ridge) not in predicted:
+                predicted[share, ridge] = fits[share].predicted(ridge)
+            predicted_PX, residual_PP = predicted[share, ridge]
+            weight_PX = metric(residual_PP, key_covariance_PP, shrinkage, key_share) @ predicted_PX
+            known[key] = judged(Query(Candidate(layer, *key), weight_PX), task)
+        return known[key]
+
+    def better(queries: Sequence[Query]) -> Query:
+        return min(queries, key=lambda query: query.chosen.cross_entropy)
+
+    share, shrinkage = _middle(prompt_shares), _middle(shrinkages)
+    key_share = key_shares[0]
+    best = better([made(share, ridge, shrinkage, key_share) for ridge in ridges])
+    ridge = best.chosen.ridge
+    best = better([made(share, ridge, value, key_share) for value in (*shrinkages, math.inf)])
+    shrinkage = best.chosen.shrinkage
+    if not math.isinf(shrinkage):
+        best = better([made(share, ridge, shrinkage, value) for value in key_shares])
+    return better([best, *(made(value, ridge, shrinkage, best.chosen.key_share) for value in prompt_shares)])
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def judged(query: Query, task: HeldOutTask) -> Query:

@@ -149,6 +149,7 @@ class _Fit:
         keys_MP = np.asarray(self.train.keys_MP, np.float64)
         self.key_mean_P = keys_MP.mean(0)
         self.keys_MP = torch.from_numpy(keys_MP - self.key_mean_P).to(self.device)
+        self.key_covariance_PP = self.keys_MP.T @ self.keys_MP / len(self.keys_MP)
         self.shape = BaseShape.of(base_model.config)
         self.has_one = kind == "shared"
 
@@ -268,10 +269,11 @@ class _Fit:
             statistics,
             layer,
             task,
-            self.keys_MP,
+            self.key_covariance_PP,
             prompt_shares=self.settings.prompt_shares,
             ridges=self.settings.ridges,
             shrinkages=self.settings.shrinkages,
+            key_shares=self.settings.key_shares,
             others=(COPY, VALUE),
             with_bias=self.has_one,
         )
@@ -338,7 +340,7 @@ class _Fit:
             found = Regressions(
                 key_mean_P=torch.from_numpy(self.key_mean_P).to(self.device),
                 key_scale=max(self.keys_MP.square().mean().sqrt().item(), 1e-6),
-                key_covariance_PP=self.keys_MP.T @ self.keys_MP / len(self.keys_MP),
+                key_covariance_PP=self.key_covariance_PP,
                 queries={layer: queries[layer].weight_PX for layer in config.layers},
                 hidden_squares=squares,
                 values={
@@ -377,5 +379,5 @@ def _described(query: Query) -> dict[str, Any]:
         "prompt_share": chosen.prompt_share,
         "ridge": chosen.ridge,
         "shrinkage": chosen.shrinkage if np.isfinite(chosen.shrinkage) else None,
-        "has_bias": chosen.has_bias,
+        "key_share": chosen.key_share,
     }

@@ -49,6 +49,11 @@ class ClosedFormSettings(BaseModel):
         min_length=1,
         description="parts of the mean residual variance added to the residual covariance of the predicted keys",
     )
+    key_shares: tuple[float, ...] = Field(
+        (0.0, 0.2, 0.4),
+        min_length=1,
+        description="shares tried of the covariance of all keys in that of the residuals",
+    )
     prompt_shares: tuple[float, ...] = Field(
         (0.3, 0.6, 0.9),
         min_length=1,
@@ -84,6 +89,8 @@ class ClosedFormSettings(BaseModel):
                 raise ValueError(f"{name} must be above 0")
         if any(not 0 < share <= 1 for share in self.prompt_shares):
             raise ValueError("prompt_shares must be above 0 and at most 1")
+        if any(not 0 <= share <= 1 for share in self.key_shares):
+            raise ValueError("key_shares must be from 0 to 1")
         return self
 
 
