@@ -67,6 +67,10 @@ def test_the_examples_of_a_step_do_not_depend_on_how_many_do_it(kb_per):
         for part in parts:
             alone = TrainingBatch.collate(maker.examples(part.numbers), maker)
             same_batches(part, alone)
+        for rank in range(world):
+            mine = parts[rank * accumulation : (rank + 1) * accumulation]
+            lengths = [int(length) for part in mine for length in part.attention_mask_BT.sum(1)]
+            assert lengths == sorted(lengths)  # so that rows of about one length are padded together
 
 
 def test_a_training_goes_on_from_any_step():

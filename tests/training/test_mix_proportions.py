@@ -1,4 +1,4 @@
-"""Stated shares of each kind, exact in every step and even over workers and micro-batches, whatever their number."""
+"""Stated shares of each kind, exact in every step and even over workers, whatever their number."""
 
 from __future__ import annotations
 
@@ -46,22 +46,18 @@ def test_over_many_steps_the_shares_are_met(batch_size):
     rows=st.integers(1, 6),
     step=st.integers(0, 1_000),
 )
-def test_every_worker_and_micro_batch_has_its_part_of_every_kind(world, accumulation, rows, step):
+def test_every_worker_has_its_part_of_every_kind(world, accumulation, rows, step):
     batch_size = world * accumulation * rows
     of_step = kinds(SHARES, batch_size, step, seed=0)
     whole = Counter(of_step)
     assert whole == Counter(counts(SHARES, batch_size, step, seed=0))
     seen = []
     for rank in range(world):
-        parts = Share(rank, world, accumulation).micro_batches(step, batch_size)
-        assert [len(part) for part in parts] == [rows] * accumulation
-        mine = Counter(of_step[number - step * batch_size] for part in parts for number in part)
-        for kind, count in whole.items():
-            assert abs(mine[kind] - count / world) < 1
-        for part in parts:
-            found = Counter(of_step[number - step * batch_size] for number in part)
-            assert all(abs(found[kind] - count / (world * accumulation)) < 1 for kind, count in whole.items())
-        seen += [number for part in parts for number in part]
+        numbers = Share(rank, world, accumulation).numbers(step, batch_size)
+        assert len(numbers) == accumulation * rows
+        mine = Counter(of_step[number - step * batch_size] for number in numbers)
+        assert all(abs(mine[kind] - count / world) < 1 for kind, count in whole.items())
+        seen += numbers
     assert sorted(seen) == list(range(step * batch_size, (step + 1) * batch_size))
 
 
@@ -71,16 +67,15 @@ def test_no_worker_keeps_the_same_kinds():
     for step in range(400):
         of_step = kinds(SHARES, 8, step, seed=0)
         for rank, kinds_had in had.items():
-            (part,) = Share(rank, 4).micro_batches(step, 8)
-            kinds_had.update(of_step[number % 8] for number in part)
+            kinds_had.update(of_step[number % 8] for number in Share(rank, 4).numbers(step, 8))
     for kind, share in SHARES.items():
         assert all(kinds_had[kind] == pytest.approx(800 * share, rel=0.5) for kinds_had in had.values())
 
 
 def test_a_batch_that_cannot_be_dealt_out_evenly_is_refused():
     with pytest.raises(InputError, match="multiple of workers"):
-        Share(0, 3, 1).micro_batches(0, 16)
+        Share(0, 3, 1).numbers(0, 16)
     with pytest.raises(InputError, match="multiple of workers"):
-        Share(0, 2, 3).micro_batches(0, 16)
+        Share(0, 2, 3).numbers(0, 16)
     with pytest.raises(InputError, match="ranks from 0"):
-        Share(2, 2, 1).micro_batches(0, 16)
+        Share(2, 2, 1).numbers(0, 16)

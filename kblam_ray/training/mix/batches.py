@@ -177,10 +177,7 @@ def batches(
     """
     share = share or Share()
     for step in range(first_step, last_step):
-        yield [
-            TrainingBatch.collate(maker.examples(numbers), maker, device=device, dtype=dtype)
-            for numbers in share.micro_batches(step, maker.settings.batch_size)
-        ]
+        yield _collated(maker.share(step, share), maker, share, device, dtype)
 
 
 def stream_batches(
@@ -198,10 +195,19 @@ def stream_batches(
         maker: the one the dataset was made with, in the process that trains.
     """
     share = share or Share()
-    size = maker.settings.batch_size // (share.world_size * share.accumulation)
-    parts: list[TrainingBatch] = []
-    for examples in stream_examples(rows, size):
-        parts.append(TrainingBatch.collate(examples, maker, device=device, dtype=dtype))
-        if len(parts) == share.accumulation:
-            yield parts
-            parts = []
+    for examples in stream_examples(rows, maker.settings.batch_size // share.world_size):
+        yield _collated(examples, maker, share, device, dtype)
+
+
+def _collated(
+    examples: list[Example],
+    maker: ExampleMaker,
+    share: Share,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> list[TrainingBatch]:
+    size = len(examples) // share.accumulation
+    return [
+        TrainingBatch.collate(examples[start : start + size], maker, device=device, dtype=dtype)
+        for start in range(0, len(examples), size)
+    ]

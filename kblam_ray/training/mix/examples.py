@@ -20,7 +20,7 @@ from kblam_ray.facts.synthetic.draws import Draws, number_of
 from kblam_ray.model.chat import ChatTemplate
 from kblam_ray.table.embedded import EmbeddedFacts
 from kblam_ray.training.mix.labels import fact_of_token, value_ends
-from kblam_ray.training.mix.proportions import kinds
+from kblam_ray.training.mix.proportions import Share, kinds
 from kblam_ray.training.mix.questions import ATTEMPTS, Asked, TrainingQuestions
 from kblam_ray.training.mix.rows import Neighbours
 from kblam_ray.training.mix.settings import MixSettings
@@ -155,6 +155,15 @@ class ExampleMaker:
     def examples(self, numbers: Sequence[int]) -> list[Example]:
         """Several examples, in the order of their numbers given."""
         return [self.example(number) for number in numbers]
+
+    def share(self, step: int, share: Share) -> list[Example]:
+        """A worker's examples of a step, the shortest first, so that each of its micro-batches needs little padding.
+
+        Raises:
+            InputError: see `Share.numbers` and `example`.
+        """
+        found = self.examples(share.numbers(step, self.settings.batch_size))
+        return sorted(found, key=lambda example: (len(example.input_ids), example.number))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "facts": None, "_steps": OrderedDict()}

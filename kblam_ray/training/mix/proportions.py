@@ -1,7 +1,7 @@
 """Which kind each example of a training step is: stated shares, exact in every step and even over workers.
 
 The examples of a step are sorted by kind and turned by an offset of the step's own. A worker takes every W-th of them,
-and a micro-batch every A-th of those, so that each has every kind in its proportion whatever the number of workers.
+so that each has every kind in its proportion whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Share:
     world_size: int = 1
     accumulation: int = 1
 
-    def micro_batches(self, step: int, batch_size: int) -> list[list[int]]:
-        """The numbers of this worker's examples in a step, for each micro-batch.
+    def numbers(self, step: int, batch_size: int) -> list[int]:
+        """The numbers of this worker's examples in a step.
 
         Those of all workers are `step * batch_size` to `(step + 1) * batch_size - 1`, each once.
 
         Raises:
-            InputError: the batch cannot be dealt out evenly.
+            InputError: the batch cannot be dealt out evenly over workers and micro-batches.
         """
         if not 0 <= self.rank < self.world_size or self.accumulation < 1:
             raise InputError(
@@ -89,6 +89,4 @@ class Share:
                 where="batch_size",
                 help="choose a batch size that is a multiple of workers times micro-batches",
             )
-        first, last = step * batch_size + self.rank, (step + 1) * batch_size
-        stride = self.world_size * self.accumulation
-        return [list(range(first + part * self.world_size, last, stride)) for part in range(self.accumulation)]
+        return list(range(step * batch_size + self.rank, (step + 1) * batch_size, self.world_size))

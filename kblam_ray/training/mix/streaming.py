@@ -51,8 +51,8 @@ def dataset(
 ) -> Dataset:
     """The examples of a worker's steps `first_step` to `last_step - 1`, one row each.
 
-    They come step by step and micro-batch by micro-batch. Ray must be running. The maker goes to the object store once,
-    without its embeddings.
+    They come step by step, and in a step as `ExampleMaker.share` orders them: micro-batch by micro-batch. Ray must be
+    running. The maker goes to the object store once, without its embeddings.
 
     Args:
         num_workers: tasks at work at a time.
@@ -66,11 +66,11 @@ def dataset(
 
     share = share or Share()
     batch_size = maker.settings.batch_size
-    per_step = sum(map(len, share.micro_batches(first_step, batch_size)))
+    per_step = len(share.numbers(first_step, batch_size))
     steps = max(1, -(-EXAMPLES_PER_TASK // per_step), -(-(last_step - first_step) // MOST_TASKS))
     tasks = [{"first": first, "last": min(first + steps, last_step)} for first in range(first_step, last_step, steps)]
     made = ray.data.from_items(tasks, override_num_blocks=max(1, len(tasks))).map_batches(
-        _MakeExamples(ray.put(maker), share, batch_size),
+        _MakeExamples(ray.put(maker), share),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=num_cpus,
@@ -116,19 +116,13 @@ def _split(column: pa.ListArray) -> list[np.ndarray]:
 class _MakeExamples:
     """Makes the examples of a range of steps; sent to Ray's workers, where the maker is fetched once per process."""
 
-    def __init__(self, maker: Any, share: Share, batch_size: int) -> None:
-        self._maker, self._share, self._batch_size = maker, share, batch_size
+    def __init__(self, maker: Any, share: Share) -> None:
+        self._maker, self._share = maker, share
 
     def __call__(self, tasks: pa.Table) -> pa.Table:
         maker = _fetched(self._maker)
-        numbers = [
-            number
-            for task in tasks.to_pylist()
-            for step in range(task["first"], task["last"])
-            for part in self._share.micro_batches(step, self._batch_size)
-            for number in part
-        ]
-        return examples_table(maker.examples(numbers))
+        steps = (step for task in tasks.to_pylist() for step in range(task["first"], task["last"]))
+        return examples_table([example for step in steps for example in maker.share(step, self._share)])
 
 
 @lru_cache(maxsize=2)
