@@ -18,8 +18,6 @@ from kblam_ray.attention.trace import mean_shares, retrieval_scores
 from kblam_ray.errors import InputError
 from kblam_ray.model.chat import Message
 from kblam_ray.model.generation import answer_text, check_length, generate_answer
-from kblam_ray.model.generation import check_length as _check_length  # noqa: F401
-from kblam_ray.model.generation import stop_ids as _stop_ids  # noqa: F401
 from kblam_ray.model.grounding import GROUNDINGS
 from kblam_ray.model.grounding.verbatim import answer_verbatim
 from kblam_ray.model.refusal import features, is_refusal, statistic

@@ -30,6 +30,9 @@ READ_SHARE = 0.05
 NAMED_SHARE = 1e-3
 """The same for a fact that the question names: the second of two entities, or entity and property."""
 
+NAME_SHARE = 1e-6
+"""The same where the entity looks like a name in the question: a common word may be there for its meaning."""
+
 ASKED_SHARE = 0.3
 """Where words do not decide, a fact may be the one asked for whose score is at least this part of the best one's."""
 
@@ -104,9 +107,12 @@ def choose(memory: KnowledgeMemory, scores_M: torch.Tensor, questions: Sequence[
         for at, row in zip(looked, rows, strict=True)
     }
     words = _Words(memory, asked, about, questions[-1] if questions else "", list(facts.values()), named=bool(named))
+    least = {at: (NAME_SHARE if words.is_name(fact) else NAMED_SHARE) * best for at, fact in facts.items()}
+    firsts = [at for at in words.best_of_each_entity(facts) if facts[at].score >= NAMED_SHARE * best]
+    pairs = [at for at in facts if facts[at].score >= least[at] and words.is_pair(facts[at])]
+    # "What is AI?" asks for the description, unless attention says that it asks for something else.
+    pairs = [at for at in pairs if words.properties or at in firsts]
     reached = {at for at, fact in facts.items() if fact.score >= NAMED_SHARE * best}
-    pairs = [at for at in reached if words.is_pair(facts[at])]
-    firsts = words.best_of_each_entity({at: facts[at] for at in reached})
     whole = [at for at in reached if not words.properties and words.names_entity(facts[at])]
     # Named facts come first where there are too many; all are read in the order of their scores.
     chosen = list(dict.fromkeys([*_by_score(pairs, facts), *_by_score(firsts, facts), *by_score[:1]]))
@@ -187,6 +193,14 @@ class _Words:
             return False
         return self.names_property(fact) or (not self.properties and is_description(fact.property))
 
+    def is_name(self, fact: ReadFact) -> bool:
+        """Whether the question writes the fact's entity like a name: with capitals, digits, or letters without case."""
+        return any(
+            any(not letter.islower() for letter in self._about.text[slice(*span)] if letter.isalnum())
+            for span, text in self.entities
+            if text == normalized(fact.entity)
+        )
+
     def best_of_each_entity(self, facts: dict[int, ReadFact]) -> list[int]:
         found: dict[str, int] = {}
         for at in _by_score(facts, facts):
@@ -227,7 +241,8 @@ def _asked(
         ]
         asked = [*pairs, *others]
         is_certain = words.is_exact and not words.is_extended and not words.is_follow_up
-        return asked, set(asked), is_certain
+        alike = set() if words.properties else {at for at in read if words.names_entity(facts[at])}
+        return asked, set(asked) | alike, is_certain
     near = {at for at in read if facts[at].score >= ASKED_SHARE * best}
     firsts = [at for at in firsts if at in read and facts[at].score >= READ_SHARE * best]
     if words.properties or not firsts:
