@@ -130,9 +130,8 @@ def evaluate(
     if adapter.config.refusal_threshold is None:
         notes.append("the adapter has no refusal threshold: a question counts as refused by the answer's text alone")
     sizes = []
-    base_model = model.base_model
-    was_training = base_model.training
-    base_model.eval()
+    modes = [(module, module.training) for module in model.base_model.modules()]
+    model.base_model.eval()
     try:
         numbers: list[int | None] = [*settings.num_facts] or [None]
         for num_facts in numbers:
@@ -142,7 +141,8 @@ def evaluate(
                 chosen = own_set(facts, own)
             sizes.append(_evaluate_size(model, chosen, settings, priors, encoder, progress))
     finally:
-        base_model.train(was_training)
+        for module, is_training in modes:
+            module.training = is_training
     return Evaluation(settings, tuple(sizes), tuple(notes))
 
 

@@ -196,6 +196,18 @@ def test_progress_is_told_and_else_nothing_is_said(model, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_model_in_training_goes_on_as_it_was(model):
+    layers = model.base_model.model.layers
+    model.base_model.train()
+    layers[0].eval()
+    try:
+        evaluate(model, FACTS, settings(retrieval_only=True, baseline=[], prior=False, kinds=["simple"]))
+        assert [layer.training for layer in layers[:2]] == [False, True]
+        assert all(parameter.grad is None for parameter in model.adapter.parameters())
+    finally:
+        model.base_model.eval()
+
+
 def test_facts_of_another_encoder_are_refused(model):
     from kblam_ray.encoders import load_encoder
 
