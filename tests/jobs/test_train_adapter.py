@@ -52,7 +52,7 @@ def wait_for_step(output: Path, step: int, job) -> None:
 
 def test_two_ray_workers_with_deepspeed_do_what_one_process_does(places, whole, tmp_path):
     pytest.importorskip("deepspeed")
-    asked = settings(places, tmp_path / "out", num_workers=2, strategy="zero2", num_example_workers=1)
+    asked = settings(places, tmp_path / "out", num_workers=2, strategy="zero2")
     code, summary, stderr = run_job("train_adapter", *arguments(asked))
     assert code == 0, stderr
     assert summary["ok"]
@@ -84,6 +84,17 @@ def test_killed_at_a_random_step_it_goes_on_to_the_same_curve(places, tmp_path, 
     assert code == 0, stderr
     assert summary["resumed_from"] > 0
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_workers", "strategy"), [(2, "ddp"), (2, "zero1"), (2, "zero3"), (1, "zero2")])
+def test_examples_made_ahead_by_ray_data_give_the_same_curve(places, whole, tmp_path, num_workers, strategy):
+    asked = settings(
+        places, tmp_path / "out", num_workers=num_workers, strategy=strategy, num_example_workers=1, micro_batch_size=1
+    )
+    code, _, stderr = run_job("train_adapter", *arguments(asked))
+    assert code == 0, stderr
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), abs=1e-4)
 
 
 @pytest.mark.slow

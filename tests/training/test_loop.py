@@ -26,7 +26,7 @@ from kblam_ray import KnowledgeAdapter
 from kblam_ray.errors import AdapterMismatchError, EncoderMismatchError, InputError, StorageError, TrainingError
 from kblam_ray.table import KnowledgeBase
 from kblam_ray.training import checkpoints
-from kblam_ray.training.checkpoints import CheckpointStore
+from kblam_ray.training.checkpoints import Checkpoint, CheckpointStore
 from kblam_ray.training.loop import worker
 from kblam_ray.training.loop.run import train
 from kblam_ray.training.loop.state import TrainingState
@@ -172,6 +172,26 @@ def test_tables_and_adapters_of_different_encoders(places, whole, tmp_path):
         train(settings({**places, "base_model": str(tmp_path / "base")}, tmp_path / "c", start=str(whole)))
 
 
+def test_a_run_on_s3_is_resumed_from_there(places, whole, tmp_path, s3_uri, monkeypatch):
+    output = f"{s3_uri}/runs/one"
+    write = TrainingState.write
+
+    def full(self, folder):
+        if self.step == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, folder)
+
+    monkeypatch.setattr(TrainingState, "write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train(settings(places, output))
+    monkeypatch.setattr(TrainingState, "write", write)
+    assert train(settings(places, output, resume=True))["resumed_from"] == 4
+    with Checkpoint(output, 6).folder() as folder:
+        assert losses(folder) == losses(whole)
+        assert all(torch.equal(value, tensors(folder)[name]) for name, value in tensors(whole).items())
+        assert "## Curves" in (folder / "README.md").read_text()
+
+
 def test_an_adapter_to_begin_with_is_not_made_another(places, whole, tmp_path):
     with pytest.raises(InputError, match="asked for is kind paper"):
         train(settings(places, tmp_path / "out", start=str(whole), kind="paper"))
@@ -296,14 +316,14 @@ def test_the_supported_families_train(places, tmp_path, make, tokenizer, kind):
         "steps": 14,
         "kind": kind,
         "kb_scale": 100.0,
-        "learning_rate": 2e-2,
+        "learning_rate": 3e-3,
         "checkpoint_activations": True,
-        "mix": {"kb_size": (4, 4), "question_mix": {"simple": 1}},
-        "losses": {"next_token": 0, "refusal": 0},
+        "mix": {"kb_size": (4, 4), "question_mix": {"simple": 1}, "text_share": 0},
+        "losses": {"retrieval": 0, "refusal": 0},
     }
     train(settings({**places, "base_model": str(tmp_path / "base")}, tmp_path / "out", **given))
     curve = losses(tmp_path / "out")
-    assert sum(curve[step] for step in range(10, 15)) < 0.9 * sum(curve[step] for step in range(1, 6))
+    assert sum(curve[step] for step in range(10, 15)) < sum(curve[step] for step in range(1, 6)) - 0.25
 
 
 @pytest.mark.slow

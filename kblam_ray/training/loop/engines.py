@@ -158,10 +158,9 @@ class Zero:
             # One bucket, in which gradients are sorted: of several, each rank fills the next in its own order.
             zero = config["zero_optimization"]
             least = sum(parameter.numel() for parameter in self._parameters)
-            config = {
-                **config,
-                "zero_optimization": {**zero, "reduce_bucket_size": max(least, zero.get("reduce_bucket_size", 0))},
-            }
+            zero = {**zero, "reduce_bucket_size": max(least, zero.get("reduce_bucket_size", 0))}
+            # It would put another function in the place of torch's for the whole process, the frozen model included.
+            config = {**config, "zero_optimization": {"memory_efficient_linear": False, **zero}}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from kblam_ray import storage
 from kblam_ray.errors import MissingDependencyError, StorageError
+from kblam_ray.training.checkpoints import put_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -135,12 +137,14 @@ class Sinks:
         folder: local folder of the curve and the event files.
         first_step: steps done before.
         tensorboard: write event files.
+        mirror: `s3://` folder to which the curve is copied at every checkpoint.
 
     Raises:
         MissingDependencyError: TensorBoard is asked for and its writer is not installed.
     """
 
-    def __init__(self, folder: Path, first_step: int, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, first_step: int, *, tensorboard: bool, mirror: str | None = None) -> None:
+        self._file, self._mirror = folder / METRICS_FILE, mirror
         self._curve = Curve(folder / METRICS_FILE, first_step)
         self._writer = _tensorboard(folder / TENSORBOARD_FOLDER, first_step) if tensorboard else None
         self._started = time.monotonic()
@@ -157,6 +161,9 @@ class Sinks:
                     place = name if "/" in name else f"{'train' if event['kind'] == 'step' else 'held_out'}/{name}"
                     # Of an @ it makes an underscore, with a warning each time.
                     self._writer.add_scalar(place.replace("@", "_at_"), value, event["step"])
+        elif event["kind"] == "checkpoint" and self._mirror is not None:
+            with storage.storage_errors(self._mirror):
+                put_file(self._file, storage.join(self._mirror, METRICS_FILE))
         self.say(_human(event))
 
     def say(self, text: str) -> None:

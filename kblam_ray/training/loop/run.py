@@ -64,7 +64,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     store = CheckpointStore(storage.join(settings.output, CHECKPOINTS), settings.keep)
     plan, step = _plan(settings, store)
     with _local_folder(settings.output) as folder:
-        sinks = Sinks(folder, step, tensorboard=settings.tensorboard)
+        mirror = settings.output if storage.is_s3(settings.output) else None
+        sinks = Sinks(folder, step, tensorboard=settings.tensorboard, mirror=mirror)
         try:
             if step < 0:
                 _phase(phases.begin, plan, sinks)
