@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from closed_form_samples import SMALL, base, chat, facts
+from model_samples import tiny_llama
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.adapter.config import AdapterConfig, BaseShape
@@ -21,7 +22,7 @@ from kblam_ray.training.closed_form import ClosedFormSettings, operation_count
 from kblam_ray.training.closed_form.assemble import Regressions, adapter_tensors
 from kblam_ray.training.closed_form.collect import Passes
 from kblam_ray.training.closed_form.cost import GATE_PASSES
-from kblam_ray.training.closed_form.fit import fit, fit_closed_form
+from kblam_ray.training.closed_form.fit import _Fit, fit, fit_closed_form
 from kblam_ray.training.closed_form.positions import messages_of
 from kblam_ray.training.closed_form.sharded import sharded_statistics
 from kblam_ray.training.closed_form.statistics import Statistics
@@ -46,7 +47,7 @@ def passes(block_questions: int = 16) -> Passes:
 def fitted(request):
     model = base()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = fit(model, chat(), facts(), SMALL, kind=request.param, kb_layers=[1] if request.param == "paper" else None)
+    found = fit(model, chat(), facts(), SMALL, kind=request.param, kb_layers=[1])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     return model, found
 
@@ -90,6 +91,17 @@ def test_settings_of_the_adapter_are_kept():
     config = adapter.config
     assert (config.kb_layers, config.retrieval_layers) == ([0, 1], [0])
     assert (config.kb_scale, config.refusal_text) == (50.0, "No.")
+
+
+def test_without_kb_layers_the_retrieval_layer_and_the_last_ones_are_taken():
+    work = _Fit(tiny_llama(num_layers=12), chat(), facts(), SMALL, "shared", print)
+    assert work._candidates() == (0, 2, 3, 5, 6, 8, 9, 10, 11)
+    config = work._config(work._given_config(None, None, {}), 5, {})
+    assert (config.kb_layers, config.retrieval_layers) == ([5, 10, 11], [5])
+    assert work._config(None, 11, {}).kb_layers == [10, 11]
+    paper = _Fit(tiny_llama(num_layers=12), chat(), facts(), SMALL, "paper", print)._given_config(None, None, {})
+    assert paper is not None
+    assert paper.layers == (0, 3, 6, 9)
 
 
 def test_what_cannot_be_fitted_is_named():

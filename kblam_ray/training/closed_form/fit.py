@@ -11,7 +11,7 @@ Shape legend: M facts, L KB layers, P encoder dim, X hidden size, N query heads.
 4. With the adapter attached and a knowledge base in place, the loss of held-out answers chooses the gates' margin and
    shift, the size of the values and how much of them is the first word.
 
-For an 8-billion-parameter Llama, 4,000 questions of 60 tokens and eight candidate layers are 6 PFLOP: 5 minutes on one
+For an 8-billion-parameter Llama, 4,000 questions of 60 tokens and eight candidate layers are 5 PFLOP: 4 minutes on one
 GPU at 20 TFLOP/s; `operation_count` gives the figure for any model.
 """
 

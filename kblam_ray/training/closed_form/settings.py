@@ -115,7 +115,7 @@ class CalibrationSettings(BaseModel):
         description="weights of the question prior tried",
     )
     gammas: tuple[float, ...] = Field(
-        (0.0, 1.0, 2.0, 4.0, 6.0), min_length=1, description="weights of the lexical term tried"
+        (0.0, 2.0, 4.0, 6.0, 8.0, 12.0), min_length=1, description="weights of the lexical term tried"
     )
     use_prior: bool = Field(True, description="calibrate a question prior; needs the adapter's encoder")
     use_refusal: bool = Field(True, description="calibrate the refusal decision")
