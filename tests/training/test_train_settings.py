@@ -13,7 +13,13 @@ import yaml
 
 from kblam_ray.errors import InputError, MissingDependencyError
 from kblam_ray.job import parse
-from kblam_ray.training.loop.deepspeed_config import SHIPPED, clipping_of, completed, read_deepspeed_config
+from kblam_ray.training.loop.deepspeed_config import (
+    SHIPPED,
+    clipping_of,
+    completed,
+    read_deepspeed_config,
+    require_deepspeed,
+)
 from kblam_ray.training.loop.ray_workers import cpus_per_worker, require_gpus
 from kblam_ray.training.loop.schedule import learning_rate
 from kblam_ray.training.loop.trackers import require_trackers
@@ -182,6 +188,12 @@ def test_workers_never_ask_for_every_cpu():
     assert cpus_per_worker(parsed("--num-workers", "8"), 2, is_local=False) == 1.0
     with pytest.raises(InputError, match="2 workers ask for 2 GPUs, 1 are there"):
         require_gpus(parsed("--num-workers", "2"), {"GPU": 1.0})
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="--strategy ddp"):
+        require_deepspeed()
 
 
 @pytest.mark.parametrize("arguments", [["--mlflow-uri", "x"], ["--wandb-project", "x"]])

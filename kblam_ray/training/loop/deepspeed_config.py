@@ -7,12 +7,13 @@ results between versions of DeepSpeed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kblam_ray.errors import InputError
+from kblam_ray.errors import InputError, MissingDependencyError
 
 SHIPPED = ("zero1", "zero2", "zero3")
 
@@ -60,6 +61,10 @@ def read_deepspeed_config(strategy: str) -> dict[str, Any]:
                 where=strategy,
                 help="take it out: the adapter keeps float32 weights, and --dtype casts the frozen base model",
             )
+    if zero.get("compute_grad_norm") is False:
+        raise InputError(
+            "the file turns compute_grad_norm off", where=strategy, help="take it out: the norm shows a run that fails"
+        )
     if {"offload_optimizer", "offload_param"} & set(zero):
         raise InputError(
             "the file asks for offloading",
@@ -67,6 +72,16 @@ def read_deepspeed_config(strategy: str) -> dict[str, Any]:
             help="take it out: checkpoints of this job cannot hold offloaded states; an adapter's are small",
         )
     return config
+
+
+def require_deepspeed() -> None:
+    """Raises MissingDependencyError where DeepSpeed is not installed; does not import it, which takes seconds."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingDependencyError(
+            "ZeRO needs the package deepspeed",
+            where="--strategy",
+            help="pip install 'kblam-ray[train]', or train with --strategy ddp",
+        )
 
 
 def clipping_of(strategy: str, given: float | None) -> float:

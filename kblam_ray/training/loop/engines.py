@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.errors import MissingDependencyError
+from kblam_ray.training.loop.deepspeed_config import require_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter."""
@@ -278,14 +278,9 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    try:
-        import deepspeed
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"ZeRO needs the package {error.name}",
-            where="--strategy",
-            help="pip install 'kblam-ray[train]', or train with --strategy ddp",
-        ) from None
+    require_deepspeed()
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -31,7 +31,7 @@ from kblam_ray.table import KnowledgeBase
 from kblam_ray.training import card
 from kblam_ray.training.checkpoints import CheckpointStore, put_file, require_same
 from kblam_ray.training.loop import phases
-from kblam_ray.training.loop.deepspeed_config import read_deepspeed_config
+from kblam_ray.training.loop.deepspeed_config import read_deepspeed_config, require_deepspeed
 from kblam_ray.training.loop.plan import CHECKPOINTS, RunPlan, fix_tables, with_absolute_paths
 from kblam_ray.training.loop.ranks import AgreedError, Ranks
 from kblam_ray.training.loop.reports import METRICS_FILE, BoardHere, Sinks, read_curve
@@ -67,13 +67,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         mirror = settings.output if storage.is_s3(settings.output) else None
         sinks = Sinks(folder, step, tensorboard=settings.tensorboard, mirror=mirror)
         try:
-            if step < 0:
+            resumed_from = None if step < 0 else step
+            if resumed_from is None:
                 _phase(phases.begin, plan, sinks)
                 step = 0
                 sinks.say(f"the adapter to begin with is in {store.uri}")
             else:
                 sinks.say(f"going on from step {step} in {store.uri}")
-            resumed_from = step if settings.resume else None
             trained_at = time.monotonic()
             if settings.method == "train" and step < settings.steps:
                 _train(plan, sinks)
@@ -94,10 +94,8 @@ def _check_early(settings: TrainSettings) -> None:
     """What can be known to be wrong before anything heavy is loaded."""
     require_trackers(settings)
     if settings.strategy != "ddp":
-        from kblam_ray.training.loop.engines import import_deepspeed
-
         read_deepspeed_config(settings.strategy)
-        import_deepspeed(torch.device("cuda" if settings.device == "cuda" else "cpu"))
+        require_deepspeed()
     assert settings.base_model is not None
     base_config = read_base_config(settings.base_model)
     if settings.start in (CLOSED_FORM, RANDOM) or not Path(settings.start).is_dir():
