@@ -140,7 +140,9 @@ class LayerFit:
         return weight_XP.T, (residual_PP + residual_PP.T) / 2
 
 
-def metric(residual_PP: torch.Tensor, key_covariance_PP: torch.Tensor, shrinkage: float, key_share: float):
+def metric(
+    residual_PP: torch.Tensor, key_covariance_PP: torch.Tensor, shrinkage: float, key_share: float
+) -> torch.Tensor:
     """The inverse of the shrunk residual covariance [P, P], scaled to the mean eigenvalue 1.
 
     Args:

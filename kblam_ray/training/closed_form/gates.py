@@ -93,7 +93,9 @@ def expected_log_sum_exp(
     return {part: means.get(part, known) for part in (OTHER, PROMPT, COPY, VALUE)}
 
 
-def search(loss: Callable[[dict[str, float]], float], grid: Mapping[str, Sequence[float]], start: dict[str, float]):
+def search(
+    loss: Callable[[dict[str, float]], float], grid: Mapping[str, Sequence[float]], start: dict[str, float]
+) -> tuple[dict[str, float], float]:
     """Coordinate search: each setting in turn takes the value with the least loss, the others fixed; twice.
 
     Returns:
