@@ -1,4 +1,4 @@
-"""`make demo`: a real knowledge base embedded by Ray, committed, changed, and read back.
+"""`make demo`: a real knowledge base embedded by Ray, asked, changed and asked again, and an adapter fitted to another.
 
 Every step prints the command or the Python that does it, so that it can be repeated by hand.
 """
@@ -12,16 +12,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from kblam_ray import Fact, KnowledgeBase, load_encoder
+from kblam_ray import Fact, KnowledgeBase, KnowledgeMemory, KnowledgeModel
+from kblam_ray.demo.shipped import ADAPTER, BASE_MODEL
 from kblam_ray.demo.world import ATTRIBUTION, world_facts
 from kblam_ray.facts import write_facts
 from kblam_ray.table import LIVE_FACTS_SQL
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("demo-kb")
-QUESTIONS = ["What is the capital of Kenya?", "Which currency do people use in Japan?", "How many live in Lagos?"]
+QUESTIONS = [
+    "What is the capital of Kenya?",
+    "Which currency code does Japan have?",
+    "What is the capital of Atlantis?",
+]
 
 
 def main() -> int:
@@ -41,19 +44,21 @@ def main() -> int:
     step("Again: nothing changed, so nothing is embedded and no version is made")
     run_job("embed_kb.py", embed)
 
-    step("Read back: the facts whose key embedding is nearest to a question's")
+    step("Ask: a frozen model of 8 million parameters attends to all facts at once, and names those it used")
     kb = KnowledgeBase.open(str(table))
-    ask(kb)
+    model = KnowledgeModel.from_pretrained(BASE_MODEL, ADAPTER)
+    memory = model.load(kb)
+    print(f"{memory.num_facts:,} facts in {memory.nbytes / 1e6:.1f} MB; the model that ships is reliable up to 10,000")
+    ask(model, memory, QUESTIONS)
 
-    step("Change one fact, delete another: each write is one small new version")
+    step("Change one fact, delete another: each write is one small new version, nothing is trained or started again")
     kb.upsert([Fact("Kenya", "capital", "Mombasa", '{"source":"the demo"}')])
-    kb.delete([("Japan", "telephone prefix")])
-    kb = KnowledgeBase.open(str(table))
-    difference = kb.changes(0, kb.version)
-    print(f"version 0 -> {kb.version}: {difference.upserts.num_facts} changed, {len(difference.deleted_ids)} deleted")
-    ask(kb, QUESTIONS[:1])
+    kb.delete([("Japan", "currency code")])
+    difference = kb.changes(0, KnowledgeBase.open(str(table)).version)
+    print(f"{difference.upserts.num_facts} changed, {len(difference.deleted_ids)} deleted")
+    ask(model, model.refresh(memory, str(table)), QUESTIONS[:2])
     print("and version 0 still says:")
-    ask(KnowledgeBase.open(str(table), version=0), QUESTIONS[:1])
+    ask(model, memory, QUESTIONS[:1])
 
     step("Sync with the source again: only the difference is embedded; then compact")
     run_job("embed_kb.py", [*embed, "--mode", "sync"])
@@ -81,18 +86,15 @@ def run_job(job: str, arguments: list[str]) -> None:
         sys.exit(done.returncode)
 
 
-def ask(kb: KnowledgeBase, questions: list[str] = QUESTIONS) -> None:
-    """Plain nearest-key search by cosine: what the attention of a trained adapter will do better."""
-    encoder = load_encoder(kb.encoder.name)
-    snapshot = kb.snapshot()
-    keys_MP = snapshot.key_embeddings_MP.astype(np.float32)
-    for question, embedding_P in zip(questions, encoder.encode(questions), strict=True):
-        scores_M = keys_MP @ embedding_P
-        fact = snapshot.facts.slice(int(scores_M.argmax()), 1).to_pylist()[0]
-        print(
-            f"  {question}\n    {fact['value']}   <- the {fact['property']} of {fact['entity']}"
-            f"  (cosine {scores_M.max():.2f}, version {snapshot.version}, fact {fact['fact_id']})"
-        )
+def ask(model: KnowledgeModel, memory: KnowledgeMemory, questions: list[str]) -> None:
+    """Questions and answers, with the facts that each answer rests on."""
+    for question in questions:
+        answer = model.ask(question, memory, grounding="verbatim")
+        print(f"  {question}\n    {answer.text}")
+        for fact in answer.citations:
+            told = f"the {fact.property} of {fact.entity}: {fact.value}"
+            print(f"      <- {told}  (share {fact.score:.2f}, fact {fact.fact_id})")
+        print(f"      {'refused, ' if answer.refused else ''}version {answer.kb_version}")
 
 
 def query_with_sql(table: str) -> None:

@@ -7,13 +7,14 @@ the throw-away head is asked what the document is about, C candidates among whic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kblam_ray.demo.pretraining.documents import VALUE_WEIGHT, Document, DocumentMaker
+from kblam_ray.demo.pretraining.documents import PROMPT_WEIGHT, VALUE_WEIGHT, Document, DocumentMaker
 from kblam_ray.demo.pretraining.settings import PretrainSettings
 from kblam_ray.facts.fact import Fact
 
@@ -32,7 +33,7 @@ class MicroBatch:
 
     Attributes:
         input_ids_BT, mask_BT: int64, padded on the right.
-        answer_rows_A: int64, flattened places whose next token belongs to an answer.
+        answer_rows_A: int64, flattened places whose next token is to be predicted: of answers and of readings.
         targets_A, weights_A: that token, and its weight in the loss.
         asked_rows_Q, asked_Q: flattened places that the head is asked at, and the numbers of the facts it shall name.
     """
@@ -106,7 +107,7 @@ class Steps(Dataset):
     def _encode(self, texts: list[str]) -> list:
         return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
-    def _micro_batch(self, rows: list[tuple[Document, list[int], object]], random: np.random.Generator) -> MicroBatch:
+    def _micro_batch(self, rows: list[tuple[Document, list[int], Any]], random: np.random.Generator) -> MicroBatch:
         length = max(len(prompt) + len(answer.ids) - 1 for _, prompt, answer in rows)
         input_ids_BT, mask_BT = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
         found: dict[str, list] = {"answer_rows": [], "targets": [], "weights": [], "asked_rows": [], "asked": []}
@@ -117,8 +118,14 @@ class Steps(Dataset):
             first = row * length + len(prompt) - 1
             found["answer_rows"] += range(first, first + len(answer.ids))
             found["targets"] += answer.ids
+            if document.is_read:
+                found["answer_rows"] += range(first - len(prompt) + 1, first)
+                found["targets"] += prompt[1:]
+                weights = [PROMPT_WEIGHT] * (len(prompt) - 1)
+            else:
+                weights = []
             unknown = [any(a <= start < b for a, b in document.values) for start, _ in answer.offsets]
-            found["weights"] += [VALUE_WEIGHT if each else 1.0 for each in unknown]
+            found["weights"] += [VALUE_WEIGHT if each else 1.0 for each in unknown] + weights
             for place, number in self._asked(document, answer.offsets, random):
                 found["asked_rows"].append(first + place)
                 found["asked"].append(number)

@@ -41,6 +41,9 @@ READING_MIX: dict[QuestionKind, float] = {
     "unanswerable": 0.23,
 }
 MOST_FACTS = 6
+PROMPT_WEIGHT = 0.25
+"""Of the loss at the facts and the question of a reading: where a name comes again, there is copying to be learnt."""
+
 VALUE_WEIGHT = 0.3
 """Of the loss at a value that no fact states: it teaches what a date or a name looks like, more it cannot."""
 
@@ -58,12 +61,14 @@ class Document:
         answer: with the control token that ends it.
         parts: `(end, pair)`: up to which character the answer speaks of which (entity, property).
         values: `(start, end)`: characters of the answer that state a value which the prompt does not.
+        is_read: the prompt has facts in it, whose names and words come again.
     """
 
     prompt: str
     answer: str
     parts: tuple[tuple[int, tuple[str, str]], ...] = ()
     values: tuple[tuple[int, int], ...] = ()
+    is_read: bool = False
 
 
 class DocumentMaker:
@@ -97,7 +102,7 @@ class DocumentMaker:
         rows = [{"entity": fact.entity, "property": fact.property, "value": fact.value} for fact in read]
         prompt = _prompt(question.context, reading_message(rows, question.text))
         parts = self._parts(question)[0] if question.facts else ()
-        return Document(prompt, question.answer + END, parts)
+        return Document(prompt, question.answer + END, parts, is_read=True)
 
     def repeating(self, number: int) -> Document:
         """Document `number` of those that ask for a text once more."""

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from kblam_ray.demo.pretraining.batches import MicroBatch, Step, Steps
 from kblam_ray.demo.pretraining.prepare import prepare
 from kblam_ray.demo.pretraining.settings import PretrainSettings
+from kblam_ray.demo.pretraining.wiring import MEANING_SHARE, token_meanings, wire
 from kblam_ray.errors import TrainingError
+from kblam_ray.facts.fact import Fact
+from kblam_ray.facts.questions import QuestionKind, QuestionMaker
 
+WIRING_MIX: dict[QuestionKind, float] = {"simple": 0.7, "paraphrase": 0.2, "misspelt": 0.1}
 REPORT_STEPS = 25
+WIRED_AT_A_TIME = 2_000
+HEAD_SCALES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Scales of the throw-away head tried at the start."""
 
 
 class Pretraining:
@@ -38,7 +46,7 @@ class Pretraining:
         torch.manual_seed(settings.seed)
         self.settings, self.tokenizer = settings, tokenizer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _model(settings, tokenizer).to(self.device).train()
+        self.model: Any = _model(settings, tokenizer).to(self.device).train()  # type: ignore[arg-type]
         sample_MP = np.asarray(keys_MP[:20_000], np.float32)
         self._mean_P = torch.from_numpy(sample_MP.mean(0)).to(self.device)
         self._scale = float(sample_MP.std(0).mean())
@@ -62,8 +70,7 @@ class Pretraining:
         """One optimizer step; the losses and how often the head was right."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * _schedule(self.step, self.settings)
-        keys_CP = torch.from_numpy(self._keys_MP[step.candidates_C.numpy()].astype(np.float32)).to(self.device)
-        keys_CP = (keys_CP - self._mean_P) / self._scale
+        keys_CP = self._candidates(step)
         weight = sum(float(batch.weights_A.sum()) for batch in step.micro_batches)
         num_asked = sum(len(batch.asked_Q) for batch in step.micro_batches)
         totals = {"loss": 0.0, "meaning": 0.0, "right": 0.0, "copied": 0.0}
@@ -114,6 +121,44 @@ class Pretraining:
         loss = (loss_A * batch.weights_A.to(self.device)).sum()
         return {"loss": loss, "meaning": meaning, "right": right, "copied": copied}
 
+    def wire(self, facts: list[Fact]) -> None:
+        """Start in closed form, see `wiring.py`; the head's scale is the one at which it says best what is asked."""
+        settings = self.settings
+        meaning = int(settings.hidden_size * MEANING_SHARE)
+        found = token_meanings(self._asked(facts), self.model.config.vocab_size, len(self._mean_P), meaning)
+        wire(self.model, self.head, found)
+        start_PX = self.head.weight.detach().clone()
+        steps = Steps(facts, self.tokenizer, settings, 0)
+        losses = {}
+        for scale in HEAD_SCALES:
+            with torch.no_grad():
+                self.head.weight.copy_(scale * start_PX)
+                losses[scale] = self._meaning_loss(steps[0])
+        with torch.no_grad():
+            self.head.weight.copy_(min(losses, key=losses.__getitem__) * start_PX)
+        print(f"pretrain_demo: wired; the head's loss by its scale: {losses}", file=sys.stderr)
+
+    def _asked(self, facts: list[Fact]) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+        """Token ids of questions and the keys they ask for, less the keys' mean."""
+        maker = QuestionMaker(facts, self.settings.seed)
+        number_of = {(fact.entity, fact.property): number for number, fact in enumerate(facts)}
+        mean_P = self._mean_P.cpu().numpy()
+        for start in range(0, self.settings.wiring_questions, WIRED_AT_A_TIME):
+            stop = min(start + WIRED_AT_A_TIME, self.settings.wiring_questions)
+            questions = list(maker.questions(start, stop, WIRING_MIX))
+            encodings = self.tokenizer.backend_tokenizer.encode_batch([question.text for question in questions])
+            asked = [number_of[question.asked[0]] for question in questions]
+            keys_QP = self._keys_MP[asked].astype(np.float32) - mean_P
+            yield [encoding.ids for encoding in encodings], keys_QP
+
+    def _meaning_loss(self, step: Step) -> float:
+        keys_CP = self._candidates(step)
+        return sum(float(self._losses(batch, keys_CP, step.candidates_C)["meaning"]) for batch in step.micro_batches)
+
+    def _candidates(self, step: Step) -> torch.Tensor:
+        keys_CP = torch.from_numpy(self._keys_MP[step.candidates_C.numpy()].astype(np.float32)).to(self.device)
+        return (keys_CP - self._mean_P) / self._scale
+
     def save(self, folder: Path) -> None:
         """A checkpoint to go on from, and the model of this moment as `model/`; both appear whole or not at all."""
         state = {
@@ -134,7 +179,7 @@ class Pretraining:
         """The base model in bfloat16 and its tokenizer, as transformers reads them."""
         partial = place.with_name(place.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model = LlamaForCausalLM(self.model.config)
+        model: Any = LlamaForCausalLM(self.model.config)
         model.load_state_dict(self.model.state_dict())
         model.to(torch.bfloat16).save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
@@ -175,6 +220,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     training = Pretraining(settings, tokenizer, keys_MP)
     if settings.resume:
         training.load(folder)
+    elif settings.wired:
+        training.wire(facts)
     steps = Steps(facts, tokenizer, settings, training.step)
     averages: dict[str, float] = {}
     started, before = time.monotonic(), training.seconds
@@ -215,9 +262,9 @@ def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Ll
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        # Short sequences: cheaper here than the fused operator.
-        attn_implementation="eager",
     )
+    # Short sequences: cheaper here than the fused operator.
+    config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
 
 
