@@ -11,12 +11,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kblam_ray import Fact, KnowledgeBase, KnowledgeMemory, KnowledgeModel
+from kblam_ray import Fact, KnowledgeBase
 from kblam_ray.demo.shipped import ADAPTER, BASE_MODEL
 from kblam_ray.demo.world import ATTRIBUTION, world_facts
 from kblam_ray.facts import write_facts
 from kblam_ray.table import LIVE_FACTS_SQL
+
+if TYPE_CHECKING:
+    from kblam_ray import KnowledgeMemory, KnowledgeModel
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("demo-kb")
@@ -45,6 +49,8 @@ def main() -> int:
     run_job("embed_kb.py", embed)
 
     step("Ask: a frozen model of 8 million parameters attends to all facts at once, and names those it used")
+    from kblam_ray import KnowledgeModel
+
     kb = KnowledgeBase.open(str(table))
     model = KnowledgeModel.from_pretrained(BASE_MODEL, ADAPTER)
     memory = model.load(kb)
