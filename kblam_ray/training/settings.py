@@ -159,7 +159,7 @@ class TrainSettings(JobConfig):
         held_out = {"held_out": self.mix.held_out or None, "held_out_seed": self.mix.held_out_seed}
         for name in ("mix", "closed_form", "calibration", "evaluation"):
             part = getattr(self, name)
-            given = {} if "seed" in part.model_fields_set else {"seed": self.seed}
+            given: dict[str, Any] = {} if "seed" in part.model_fields_set else {"seed": self.seed}
             if name == "evaluation":
                 given |= held_out
             elif name == "closed_form":

@@ -323,7 +323,7 @@ def test_the_supported_families_train(places, tmp_path, make, tokenizer, kind):
     }
     train(settings({**places, "base_model": str(tmp_path / "base")}, tmp_path / "out", **given))
     curve = losses(tmp_path / "out")
-    assert sum(curve[step] for step in range(10, 15)) < sum(curve[step] for step in range(1, 6)) - 0.25
+    assert sum(curve[step] for step in range(10, 15)) < sum(curve[step] for step in range(1, 6)) - 0.1
 
 
 @pytest.mark.slow

@@ -98,7 +98,9 @@ def begin(plan: RunPlan, say: Say) -> None:
         adapter.config.check_base(base_model.config)
         require_encoder(adapter.config, facts.encoder, where=", ".join(uri for uri, _ in plan.tables))
         # What was calibrated is calibrated anew; what it refuses with stays, unless another text is to be taught.
-        kept = {name: fields[name] for name in ("training_kb_range", "retrieval_layers") if name in fields}
+        kept: dict[str, Any] = {
+            name: fields[name] for name in ("training_kb_range", "retrieval_layers") if name in fields
+        }
         for name in ("refusal_text", "chat_template"):
             if getattr(settings, name) is not None:
                 kept[name] = getattr(settings, name)
