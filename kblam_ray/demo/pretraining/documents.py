@@ -97,7 +97,7 @@ class DocumentMaker:
         """Document `number` of those with facts to read; `progress` through training, 0 to 1, says how many at most."""
         draws = Draws(self._seed, _READING, number)
         question = next(self._maker.questions(number, number + 1, READING_MIX))
-        numbers = self._read(question, min(MOST_FACTS, 2 + int(progress * 16)), draws)
+        numbers = self._read(question, min(MOST_FACTS, 1 + int(progress * 7)), draws)
         read = [self._facts[n] for n in numbers]
         rows = [{"entity": fact.entity, "property": fact.property, "value": fact.value} for fact in read]
         prompt = _prompt(question.context, reading_message(rows, question.text))
