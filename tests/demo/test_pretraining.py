@@ -24,9 +24,10 @@ TINY = {
     "adapter_facts": 40,
     "vocabulary": 600,
     "hidden_size": 32,
-    "num_layers": 2,
+    "num_layers": 3,
     "num_heads": 2,
-    "num_kv_heads": 1,
+    "num_kv_heads": 2,
+    "wiring_questions": 200,
     "mlp_size": 48,
     "steps": 6,
     "questions_per_step": 6,
@@ -164,5 +165,7 @@ def test_a_training_gone_on_with_is_the_same_training(prepared, tmp_path):
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(InputError, match="no vocabulary"):
         prepare(PretrainSettings(output=str(tmp_path), **{**TINY}, encoder="hashing"))
+    with pytest.raises(ValueError, match="as many key/value heads"):
+        PretrainSettings(num_heads=4, num_kv_heads=2)
     with pytest.raises(TrainingError, match="no checkpoint"):
         pretrain(PretrainSettings(output=str(tmp_path), **TINY, resume=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from kblam_ray.job import JobConfig
 
@@ -37,3 +39,9 @@ class PretrainSettings(JobConfig):
     wiring_questions: int = Field(60_000, ge=1, description="questions that tell what each token means")
     checkpoint_steps: int = Field(100, ge=1, description="steps between checkpoints")
     resume: bool = Field(False, description="go on from the checkpoint in the output folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.wired and (self.num_heads != self.num_kv_heads or self.num_layers < 3):
+            raise ValueError("a wired model has as many key/value heads as query heads, and at least 3 layers")
+        return self
