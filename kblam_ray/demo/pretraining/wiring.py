@@ -111,61 +111,88 @@ def wire(model: LlamaForCausalLM, head: nn.Linear, meanings: TokenMeanings) -> N
         model: untrained, with as many key/value heads as query heads.
         head: hidden states to the encoder's space; its scale is chosen by the training.
     """
-    config: Any = model.config
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = hidden // heads
-    num_meaning = meanings.tokens_VX.shape[1]
-    num_name = int(hidden * NAME_SHARE)
-    meaning, name = slice(0, num_meaning), slice(num_meaning, num_meaning + num_name)
-    before = slice(name.stop, hidden - 1)
+    at = _Layout(model)
     generator = torch.Generator().manual_seed(0)
     embeddings_VX = model.model.embed_tokens.weight
+    num_name = at.name.stop - at.name.start
     embeddings_VX.zero_()
-    embeddings_VX[:, meaning] = meanings.tokens_VX
-    embeddings_VX[:, name] = torch.randn(len(embeddings_VX), num_name, generator=generator) / num_name**0.5
+    embeddings_VX[:, at.meaning] = meanings.tokens_VX
+    embeddings_VX[:, at.name] = torch.randn(len(embeddings_VX), num_name, generator=generator) / num_name**0.5
     embeddings_VX[:, -1] = SAME_LENGTH
-    # What the norm makes of a number of a typical token.
-    scale = hidden**0.5 / (SAME_LENGTH**2 + 2) ** 0.5
-    angles = config.rope_parameters["rope_theta"] ** (-2 * torch.arange(width // 2) / width)
-    slow = (angles < SLOWEST_RADIANS).nonzero().squeeze(1)
-    slow_D = torch.cat([slow, slow + width // 2])[: before.stop - before.start]
-    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
     for layer in model.model.layers:
         # What is not wired says nothing yet: noise would drown the little that a mean over many tokens is.
         layer.mlp.down_proj.weight.zero_()
         layer.self_attn.o_proj.weight.zero_()
-    for number, start in enumerate(range(0, num_meaning, width)):
-        # All tokens alike: queries and keys of 0.
-        some = slice(start, min(start + width, num_meaning))
-        rows = slice(number * width, number * width + some.stop - some.start)
-        _clear(first, number, width)
-        first.v_proj.weight[rows, some] = torch.eye(some.stop - some.start)
-        first.o_proj.weight[some, rows] = GAIN / scale * torch.eye(some.stop - some.start)
-    _clear(first, heads - 1, width)
-    _clear(second, heads - 1, width)
-    last = (heads - 1) * width
-    amplitude = (SHARPNESS * width**0.5 / FASTEST) ** 0.5 / (SAME_LENGTH * scale)
-    for place in range(FASTEST):
-        # Turned back by one position, a query fits the key of the token before best.
-        first.k_proj.weight[last + place, -1] = amplitude
-        first.q_proj.weight[last + place, -1] = amplitude * torch.cos(angles[place])
-        first.q_proj.weight[last + place + width // 2, -1] = -amplitude * torch.sin(angles[place])
-    carried = torch.arange(len(slow_D))
-    first.v_proj.weight[last + carried, name.start + carried] = 1 / scale
-    first.o_proj.weight[before.start + carried, last + carried] = 1.0
-    amplitude = (MATCH * width**0.5 * num_name / len(slow_D)) ** 0.5 / scale
-    second.k_proj.weight[last + slow_D, before.start + carried] = amplitude
-    second.q_proj.weight[last + slow_D, name.start + carried] = amplitude
-    said = torch.arange(min(width, num_name))
-    second.v_proj.weight[last + said, name.start + said] = 1 / scale
-    second.o_proj.weight[name.start + said, last + said] = SAID
+    at.find()
+    at.copy()
     head.weight.zero_()
     head.bias.zero_()
-    head.weight[:, meaning] = meanings.keys_PX
+    head.weight[:, at.meaning] = meanings.keys_PX
 
 
-def _clear(attention: Any, head: int, width: int) -> None:
-    rows = slice(head * width, (head + 1) * width)
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        projection.weight[rows] = 0
-    attention.o_proj.weight[:, rows] = 0
+class _Layout:
+    """Which numbers of a hidden state and which heads of a model are for what."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        config: Any = model.config
+        hidden, self.heads = config.hidden_size, config.num_attention_heads
+        self.width = hidden // self.heads
+        self.meaning = slice(0, int(hidden * MEANING_SHARE))
+        self.name = slice(self.meaning.stop, self.meaning.stop + int(hidden * NAME_SHARE))
+        self.angles = config.rope_parameters["rope_theta"] ** (-2 * torch.arange(self.width // 2) / self.width)
+        slow = (self.angles < SLOWEST_RADIANS).nonzero().squeeze(1)
+        room = hidden - 1 - self.name.stop
+        self.slow_D = torch.cat([slow, slow + self.width // 2])
+        self.before = slice(self.name.stop, self.name.stop + min(len(self.slow_D), room))
+        # What the norm makes of a number of a typical token.
+        self.scale = hidden**0.5 / (SAME_LENGTH**2 + 2) ** 0.5
+        self.first, self.second = (model.model.layers[number].self_attn for number in (0, 1))
+
+    def find(self) -> None:
+        """Layer 0, first heads: the mean meaning of all tokens so far is added to each one's."""
+        for number, start in enumerate(range(0, self.meaning.stop, self.width)):
+            some = slice(start, min(start + self.width, self.meaning.stop))
+            rows = slice(number * self.width, number * self.width + some.stop - some.start)
+            # All tokens alike: queries and keys of 0.
+            self._clear(self.first, number)
+            self.first.v_proj.weight[rows, some] = torch.eye(some.stop - some.start)
+            self.first.o_proj.weight[some, rows] = GAIN / self.scale * torch.eye(some.stop - some.start)
+
+    def copy(self) -> None:
+        """Last heads: a token looks for where it stood before, and says what came after it."""
+        self._tell(self.heads - 1, self.before)
+        self._look_up(self.heads - 1, self.name, self.before)
+
+    def _tell(self, head: int, place: slice) -> None:
+        """Layer 0: each token gets the name of the one before it."""
+        self._clear(self.first, head)
+        start = head * self.width
+        # A query and a key that are the same for all tokens: their logit depends on their distance alone.
+        amplitude = (SHARPNESS * self.width**0.5 / FASTEST) ** 0.5 / (SAME_LENGTH * self.scale)
+        for number, angle in enumerate(self.angles[:FASTEST]):
+            self.first.k_proj.weight[start + number, -1] = amplitude
+            self.first.q_proj.weight[start + number, -1] = amplitude * torch.cos(angle)
+            self.first.q_proj.weight[start + number + self.width // 2, -1] = -amplitude * torch.sin(angle)
+        carried = torch.arange(place.stop - place.start)
+        self.first.v_proj.weight[start + carried, self.name.start + carried] = 1 / self.scale
+        self.first.o_proj.weight[place.start + carried, start + carried] = 1.0
+
+    def _look_up(self, head: int, wanted: slice, place: slice) -> None:
+        """Layer 1: each token looks for those whose `place` holds what its `wanted` holds, and says their names."""
+        self._clear(self.second, head)
+        start = head * self.width
+        compared = torch.arange(min(wanted.stop - wanted.start, place.stop - place.start))
+        num_name = self.name.stop - self.name.start
+        amplitude = (MATCH * self.width**0.5 * num_name / len(compared)) ** 0.5 / self.scale
+        rows = start + self.slow_D[: len(compared)]
+        self.second.k_proj.weight[rows, place.start + compared] = amplitude
+        self.second.q_proj.weight[rows, wanted.start + compared] = amplitude
+        said = torch.arange(min(self.width, num_name))
+        self.second.v_proj.weight[start + said, self.name.start + said] = 1 / self.scale
+        self.second.o_proj.weight[self.name.start + said, start + said] = SAID
+
+    def _clear(self, attention: Any, head: int) -> None:
+        rows = slice(head * self.width, (head + 1) * self.width)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight[rows] = 0
+        attention.o_proj.weight[:, rows] = 0
