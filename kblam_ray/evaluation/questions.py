@@ -64,11 +64,9 @@ class Asked:
     @classmethod
     def of(cls, question: Question) -> Asked:
         """A question of `QuestionMaker`; its facts are rows."""
-        turns = zip(("user", "assistant") * len(question.context), question.context, strict=False)
-        messages = [{"role": role, "content": text} for role, text in turns]
         return cls(
             kind=question.kind,
-            messages=(*messages, {"role": "user", "content": question.text}),
+            messages=tuple(question.messages),
             should_answer=bool(question.facts),
             wanted=question.facts,
             values=question.values,

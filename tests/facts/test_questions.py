@@ -194,3 +194,14 @@ def test_only_descriptions_in_those_scripts_are_stated_without_a_frame() -> None
 def test_known_properties_of_real_tables_can_be_paraphrased() -> None:
     assert {"capital", "currency", "population", "continent"} <= set(PROPERTY_TYPES)
     json.dumps([question.text for question in ask("paraphrase", [Fact("Chad", "capital", "N'Djamena")])])
+
+
+def test_the_conversation_that_asks_a_question():
+    alone = Question("simple", "q", "a", (0,), ("v",), (("e", "p"),))
+    assert alone.messages == [{"role": "user", "content": "q"}]
+    followed = Question("follow_up", "and?", "a", (0,), ("v",), (("e", "p"),), ("first?", "answer"))
+    assert [(turn["role"], turn["content"]) for turn in followed.messages] == [
+        ("user", "first?"),
+        ("assistant", "answer"),
+        ("user", "and?"),
+    ]

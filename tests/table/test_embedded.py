@@ -103,6 +103,11 @@ def test_what_does_not_fit_together_is_refused():
     facts = EmbeddedFacts.embed(FACTS, FakeEncoder())
     with pytest.raises(InputError, match="one of each"):
         EmbeddedFacts(facts.facts, facts.fact_ids_M[:2], facts.keys_MP, facts.values_MP, facts.encoder)
+    for number in (np.inf, -np.inf, np.nan):
+        broken_MP = facts.values_MP.copy()
+        broken_MP[1, 3] = number
+        with pytest.raises(EmbeddingError, match="the population of Peru"):
+            EmbeddedFacts(facts.facts, facts.fact_ids_M, facts.keys_MP, broken_MP, facts.encoder)
     with pytest.raises(EmbeddingError, match="float32"):
         EmbeddedFacts(facts.facts, facts.fact_ids_M, facts.keys_MP.astype(np.float32), facts.values_MP, facts.encoder)
 

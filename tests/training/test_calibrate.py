@@ -11,7 +11,7 @@ from closed_form_samples import base, chat, facts
 from model_samples import ENCODER, tiny_adapter
 
 from kblam_ray.attention.trace import retrieval_scores
-from kblam_ray.errors import EncoderMismatchError, InputError
+from kblam_ray.errors import AdapterError, EncoderMismatchError, InputError
 from kblam_ray.facts.questions import QuestionMaker
 from kblam_ray.model.embedded_memory import memory_of
 from kblam_ray.model.knowledge_model import KnowledgeModel
@@ -24,7 +24,6 @@ from kblam_ray.training.closed_form.logistic import (
     logistic_regression,
     probability,
 )
-from kblam_ray.training.closed_form.positions import messages_of
 from kblam_ray.training.closed_form.prior_search import PriorScores, PriorSearch
 from kblam_ray.training.closed_form.prompt_logits import prompt_logits
 from kblam_ray.training.closed_form.settings import CalibrationSettings
@@ -45,7 +44,7 @@ def test_logits_of_a_batch_give_the_retrieval_scores_of_each_prompt(kind):
     knowing = model(kind)
     memory = memory_of(knowing.adapter, facts().take(range(40)))
     maker = QuestionMaker(facts().facts[:40], 2)
-    prompts = [chat().render(messages_of(maker.make("simple", number))) for number in range(3)]
+    prompts = [chat().render(maker.make("simple", number).messages) for number in range(3)]
     found = prompt_logits(knowing.attachment, prompts, memory, 0)
     for row, prompt in enumerate(prompts):
         for layer in knowing.adapter.config.layers:
@@ -90,6 +89,34 @@ def test_facts_of_another_encoder_and_too_few_are_named():
         calibrate(model("shared"), others, SMALL)
     with pytest.raises(InputError, match="two held-out facts"):
         calibrate(model("shared"), facts().take([0]), SMALL)
+
+
+def test_refusing_is_learnt_among_one_and_few_facts_too():
+    knowing = model("shared")
+    few = SMALL.model_copy(update={"kb_sizes": (1, 5, 30), "use_prior": False})
+    said = []
+    found = calibration(knowing, facts(), few, progress=said.append)
+    # Among one fact it is always found, which says nothing about layers.
+    assert found.report["attention_alone"].keys() == {30}
+    assert found.report["refusal_f1"].keys() == {1, 5, 30}
+    # Several knowledge bases of few facts share the questions of one.
+    assert said[-1] == "54 questions looked at, 24 of them without an answer"
+    assert CalibrationSettings().kb_sizes[0] == 1
+
+
+def test_a_table_of_few_facts_is_calibrated_on_what_there_is():
+    found = calibration(model("shared"), facts().take(range(3)), SMALL)
+    assert found.report["refusal_f1"].keys() == found.report["attention_alone"].keys() == {3}
+    assert set(found.settings) >= {"question_prior", "retrieval_layers", "refusal_weights"}
+
+
+def test_scores_that_are_not_finite_are_no_success():
+    broken = base()
+    broken.model.layers[0].input_layernorm.weight.data[0] = float("nan")
+    knowing = KnowledgeModel(broken, tiny_adapter(base(), "shared", kb_scale=None), chat().tokenizer, ENCODER)
+    settings = SMALL.model_copy(update={"use_refusal": False, "use_prior": False, "kb_sizes": (30,)})
+    with pytest.raises(AdapterError, match="not finite"):
+        calibrate(knowing, facts(), settings)
 
 
 def search_of(logits: dict[int, list[list[float]]], cosines: list[float], wanted: list[int]) -> PriorSearch:

@@ -23,7 +23,6 @@ from kblam_ray.training.closed_form.assemble import Regressions, adapter_tensors
 from kblam_ray.training.closed_form.collect import Passes
 from kblam_ray.training.closed_form.cost import GATE_PASSES
 from kblam_ray.training.closed_form.fit import _Fit, fit, fit_closed_form
-from kblam_ray.training.closed_form.positions import messages_of
 from kblam_ray.training.closed_form.sharded import sharded_statistics
 from kblam_ray.training.closed_form.statistics import Statistics
 from kblam_ray.training.closed_form.watching import WatchedModel
@@ -60,7 +59,7 @@ def test_an_adapter_finds_facts_that_it_was_not_fitted_on(fitted):
     maker, places = QuestionMaker(held_out.facts, 9), []
     for number in range(60):
         question = maker.make("simple", number)
-        ids = torch.tensor([chat().render(messages_of(question))])
+        ids = torch.tensor([chat().render(question.messages)])
         scores_M = retrieval_scores(knowing.attachment, ids, memory)
         places.append((scores_M > scores_M[question.facts[0]]).double().mean().item())
     knowing.detach()

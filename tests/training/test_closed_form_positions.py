@@ -16,7 +16,6 @@ from kblam_ray.training.closed_form.positions import (
     PROMPT,
     VALUE,
     asked_tokens,
-    messages_of,
     require_some,
 )
 
@@ -38,7 +37,7 @@ def test_the_tokens_of_each_value_and_what_comes_before_it_want_its_fact(family,
         question = maker.make(kind, number)
         asked = asked_tokens(chat, question, FACTS)
         assert asked is not None
-        assert asked.input_ids[: asked.answer_start] == chat.render(messages_of(question))
+        assert asked.input_ids[: asked.answer_start] == chat.render(question.messages)
         assert [value.fact for value in asked.values] == list(question.facts)
         last = asked.answer_start - 1
         assert asked.parts[:last] == [OTHER] * last

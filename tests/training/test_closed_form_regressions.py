@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from kblam_ray.training.closed_form.discriminant import (
 )
 from kblam_ray.training.closed_form.gates import fit_gate, search
 from kblam_ray.training.closed_form.positions import COPY, OTHER, PROMPT, VALUE
-from kblam_ray.training.closed_form.statistics import Statistics, with_one
+from kblam_ray.training.closed_form.statistics import Statistics, mean_and_covariance, with_one
 
 HIDDEN, DIM, LAYER = 24, 8, 3
 CHOICES = {
@@ -54,6 +55,23 @@ def add_rows(statistics: Statistics, part: int, hidden_nX: torch.Tensor, keys_nP
     if lse_nN is not None:
         statistics.sums.add_product(("log_sum_exp", LAYER, part), ones_nX, lse_nN)
     statistics.num_questions += len(hidden_nX)
+
+
+def test_mean_and_covariance_are_those_of_all_rows_at_once(monkeypatch):
+    monkeypatch.setattr("kblam_ray.training.closed_form.statistics.ROWS_PER_STEP", 7)
+    rows_MP = draw(40, 5).numpy().astype(np.float16)
+    mean_P, covariance_PP = mean_and_covariance(rows_MP)
+    exact_MP = rows_MP.astype(np.float64)
+    np.testing.assert_allclose(mean_P, exact_MP.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance_PP, np.cov(exact_MP.T, bias=True), rtol=1e-10)
+
+
+@pytest.mark.parametrize("place", ["square", "cross"])
+def test_sums_that_are_not_finite_are_not_solved(place):
+    sums = {"square": torch.eye(3, dtype=torch.float64), "cross": torch.ones(3, 2, dtype=torch.float64)}
+    sums[place][1, 1] = float("nan")
+    with pytest.raises(AdapterError, match="not finite"):
+        solve_ridge(sums["square"], sums["cross"], 0.1)
 
 
 def task_of(keys_MP: torch.Tensor, hidden_nX: torch.Tensor, wanted_n: torch.Tensor) -> HeldOutTask:

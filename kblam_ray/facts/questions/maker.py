@@ -63,6 +63,12 @@ class Question:
     context: tuple[str, ...] = field(default=())
     reason: Reason | None = None
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation that asks it: the turns before, then the question."""
+        turns = (*self.context, self.text)
+        return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
+
 
 class QuestionMaker:
     """Makes questions about `facts`, by number."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.errors import InputError
+from kblam_ray.errors import AdapterError, InputError
 from kblam_ray.facts.questions import Question, QuestionMaker
 from kblam_ray.model.embedded_memory import memory_of
 from kblam_ray.model.knowledge_model import KnowledgeModel
@@ -25,7 +26,6 @@ from kblam_ray.model.refusal import evidence
 from kblam_ray.table.embedded import EmbeddedFacts
 from kblam_ray.training.closed_form.collect import shares_of
 from kblam_ray.training.closed_form.logistic import fit_refusal
-from kblam_ray.training.closed_form.positions import messages_of
 from kblam_ray.training.closed_form.prior_search import CONTEXTS, PriorScores, PriorSearch
 from kblam_ray.training.closed_form.prompt_logits import prompt_logits
 from kblam_ray.training.closed_form.settings import CALIBRATION_MIX, CalibrationSettings
@@ -33,6 +33,13 @@ from kblam_ray.training.closed_form.settings import CALIBRATION_MIX, Calibration
 PROMPTS_PER_BATCH = 8
 SELECTED_FACTS = 100
 """K of the `similar:K` by which `selection_log_m` is chosen."""
+
+FEW_FACTS = 20
+"""Among fewer facts every prior finds the asked one. Refusing must be learnt there all the same: facts are seldom many
+when somebody tries with one or two of their own."""
+
+MOST_TABLES = 24
+"""Knowledge bases of few facts that the questions of one size are spread over: one would be a matter of luck."""
 
 Progress = Callable[[str], None]
 
@@ -78,6 +85,7 @@ def calibration(
 
     Raises:
         InputError: fewer than two facts, or questions that they do not allow.
+        AdapterError: the model's scores of facts are not finite.
         EncoderMismatchError, EncoderNotFoundError, EncoderError: the encoder of the adapter cannot be had, or the facts
             come from another one.
     """
@@ -85,18 +93,21 @@ def calibration(
     if len(facts) < 2:
         raise InputError(f"{len(facts)} facts", where="calibration", help="give at least two held-out facts")
     say = progress or (lambda text: None)
-    tables = [
-        _Table.of(model, facts, size, settings) for size in sorted({min(n, len(facts)) for n in settings.kb_sizes})
-    ]
+    sizes = sorted({min(size, len(facts)) for size in settings.kb_sizes})
+    tables = [table for size in sizes for table in _tables(model, facts, size, settings)]
+    searched = [table for table in tables if len(table.facts) >= FEW_FACTS] or tables
     config = model.adapter.config
     # The prior is added in the search: the model's own must not be in the logits.
     with _configured(model, question_prior=0.0, prior_lexical=0.0):
         search = PriorSearch.over(settings, config.layers)
-        for table in tables:
-            for question, logits in table.logits(model):
-                prior = table.prior_scores(model, question) if settings.use_prior else None
-                search.add(len(table.facts), logits, question.facts, prior)
-            say(f"{len(table.facts)} facts: {len(table.answerable)} questions scored")
+        for size, of_size in groupby(searched, key=lambda table: len(table.facts)):
+            num_scored = 0
+            for table in of_size:
+                for question, logits in table.logits(model):
+                    prior = table.prior_scores(model, question) if settings.use_prior else None
+                    search.add(size, logits, question.facts, prior)
+                    num_scored += 1
+            say(f"{size} facts: {num_scored} questions scored")
     layers = search.best_layers()
     beta, gamma, context = search.best_prior(layers)
     found: dict[str, Any] = {"retrieval_layers": list(layers)}
@@ -113,7 +124,7 @@ def calibration(
                     examples.append(table.evidence(model, question))
                     has_answer.append(bool(question.facts))
                     groups.append(len(table.facts))
-                say(f"{len(table.facts)} facts: {len(table.unanswerable)} questions without an answer looked at")
+        say(f"{len(examples)} questions looked at, {len(examples) - sum(has_answer)} of them without an answer")
         refusal = fit_refusal(examples, has_answer, groups, seed=settings.seed)
         found |= {"refusal_weights": refusal.weights, "refusal_threshold": refusal.threshold}
         report["refusal_f1"] = {size: round(f1, 4) for size, f1 in refusal.f1.items()}
@@ -138,6 +149,23 @@ def _configured(model: KnowledgeModel, **settings: Any) -> Iterator[None]:
         model.adapter.configure(**before)
 
 
+def _tables(model: KnowledgeModel, facts: EmbeddedFacts, size: int, settings: CalibrationSettings) -> Iterator[_Table]:
+    """One knowledge base of the size, or several of few facts; together they have the questions of one."""
+    rows_M = _rows_by_entity(facts, settings.seed)
+    count = 1
+    if size < FEW_FACTS:
+        count = max(
+            1, min(MOST_TABLES, len(facts) // size, settings.num_questions // 2, settings.num_unanswerable // 2)
+        )
+    for number in range(count):
+        answerable, unanswerable = (
+            range(total * number // count, total * (number + 1) // count)
+            for total in (settings.num_questions, settings.num_unanswerable)
+        )
+        chosen = facts.take(rows_M[number * size : (number + 1) * size])
+        yield _Table.of(model, chosen, answerable, unanswerable, settings)
+
+
 @dataclass(frozen=True)
 class _Table:
     """A knowledge base of one size with questions of it."""
@@ -148,34 +176,47 @@ class _Table:
     unanswerable: tuple[Question, ...]
 
     @classmethod
-    def of(cls, model: KnowledgeModel, facts: EmbeddedFacts, size: int, settings: CalibrationSettings) -> _Table:
-        chosen = facts.take(_rows_by_entity(facts, size, settings.seed))
-        maker = QuestionMaker(chosen.facts, settings.seed)
+    def of(
+        cls,
+        model: KnowledgeModel,
+        facts: EmbeddedFacts,
+        answerable_numbers: range,
+        unanswerable_numbers: range,
+        settings: CalibrationSettings,
+    ) -> _Table:
+        """All of the facts, and questions of these numbers about them."""
+        maker = QuestionMaker(facts.facts, settings.seed)
         mix = shares_of(maker, settings.question_mix, CALIBRATION_MIX)
         # Of a table with the values of one key side by side, all of them are asked for.
-        answerable = tuple(maker.questions(0, settings.num_questions, mix))
-        unanswerable = tuple(maker.make("unanswerable", number) for number in range(settings.num_unanswerable))
+        answerable = tuple(maker.questions(answerable_numbers.start, answerable_numbers.stop, mix))
+        unanswerable = tuple(maker.make("unanswerable", number) for number in unanswerable_numbers)
         memory = memory_of(
             model.adapter,
-            chosen,
+            facts,
             device=model.device,
             dtype=torch.bfloat16 if model.dtype == torch.bfloat16 else None,
         )
-        return cls(chosen, memory, answerable, unanswerable)
+        return cls(facts, memory, answerable, unanswerable)
 
     def logits(self, model: KnowledgeModel) -> Iterator[tuple[Question, dict[int, torch.Tensor]]]:
         """The answerable questions, each with its logits by KB layer, [A, M]."""
         pad_id = model.chat.tokenizer.pad_token_id or 0
-        rendered = [(question, model.chat.render(messages_of(question))) for question in self.answerable]
+        rendered = [(question, model.chat.render(question.messages)) for question in self.answerable]
         rendered.sort(key=lambda one: len(one[1]))
         for start in range(0, len(rendered), PROMPTS_PER_BATCH):
             batch = rendered[start : start + PROMPTS_PER_BATCH]
             found = prompt_logits(model.attachment, [prompt for _, prompt in batch], self.memory, pad_id)
+            if not all(bool(torch.isfinite(logits_BAM).all()) for logits_BAM in found.values()):
+                raise AdapterError(
+                    "the scores of facts are not finite",
+                    where="calibration",
+                    help="check the adapter and the base model for NaN, or load the base model in a wider dtype",
+                )
             for row, (question, _) in enumerate(batch):
                 yield question, {layer: logits_BAM[row] for layer, logits_BAM in found.items()}
 
     def prior_scores(self, model: KnowledgeModel, question: Question) -> PriorScores:
-        messages = messages_of(question)
+        messages = question.messages
         cosines: dict[str, torch.Tensor] = {}
         named: dict[str, torch.Tensor] = {}
         texts: dict[str, str] = {}
@@ -194,22 +235,21 @@ class _Table:
 
     def evidence(self, model: KnowledgeModel, question: Question) -> dict[str, float]:
         """The features that the refusal decision rests on."""
-        messages = messages_of(question)
+        messages = question.messages
         prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
         request = model.prepare(self.memory, messages)
         assert request is not None
         return evidence(model, prompt_ids, request, messages)
 
 
-def _rows_by_entity(facts: EmbeddedFacts, size: int, seed: int) -> np.ndarray:
-    """Rows of `size` facts: whole entities at random, of the last one as many facts as fit."""
+def _rows_by_entity(facts: EmbeddedFacts, seed: int) -> np.ndarray:
+    """All rows, entity by entity in random order: a run of them has whole entities but for the first and the last."""
     rows_of: dict[str, list[int]] = {}
     for row, fact in enumerate(facts.facts):
         rows_of.setdefault(fact.entity, []).append(row)
     entities = list(rows_of)
     order = np.random.default_rng(seed).permutation(len(entities))
-    chosen = [row for at in order for row in rows_of[entities[at]]][:size]
-    return np.array(chosen, np.int64)
+    return np.array([row for at in order for row in rows_of[entities[at]]], np.int64)
 
 
 @torch.no_grad()
@@ -226,7 +266,7 @@ def _selection_log_m(model: KnowledgeModel, table: _Table, found: dict[str, Any]
 
 
 def _answer_loss(model: KnowledgeModel, table: _Table, question: Question) -> float:
-    messages: Sequence[dict[str, str]] = messages_of(question)
+    messages: Sequence[dict[str, str]] = question.messages
     ids, start = model.chat.render_with_answer(messages, question.answer)
     request = model.prepare(table.memory, messages, f"similar:{SELECTED_FACTS}")
     ids_1T = torch.tensor([ids], device=model.device)

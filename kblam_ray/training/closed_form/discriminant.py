@@ -44,7 +44,7 @@ def solve_ridge(square_AA: torch.Tensor, cross_AB: torch.Tensor, ridge: float, *
         # Not 0: without any row the sums would be singular.
         penalty[-1] = 1e-9 * square_AA[-1, -1].clamp_min(1e-12)
     factor, failed = torch.linalg.cholesky_ex(square_AA + torch.diag(penalty))
-    if failed or not torch.isfinite(factor).all():
+    if failed or not (torch.isfinite(factor).all() and torch.isfinite(cross_AB).all()):
         raise AdapterError(
             "the regressions cannot be solved: the hidden states' products are not finite or of too low a rank",
             where="closed-form fit",

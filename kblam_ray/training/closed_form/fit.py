@@ -40,7 +40,7 @@ from kblam_ray.training.closed_form.gates import MARGINS, SHIFTS, GateFit, expec
 from kblam_ray.training.closed_form.held_out import HeldOutAnswers, held_out_facts
 from kblam_ray.training.closed_form.positions import COPY, OTHER, PROMPT, VALUE, require_some
 from kblam_ray.training.closed_form.settings import FIT_MIX, ClosedFormSettings
-from kblam_ray.training.closed_form.statistics import Statistics, with_one
+from kblam_ray.training.closed_form.statistics import Statistics, mean_and_covariance, with_one
 from kblam_ray.training.closed_form.values import ValueFit, fit_values
 
 Kind = Literal["shared", "paper"]
@@ -146,10 +146,8 @@ class _Fit:
                 where="closed-form fit",
                 help="give facts about more entities, or another held_out share",
             )
-        keys_MP = np.asarray(self.train.keys_MP, np.float64)
-        self.key_mean_P = keys_MP.mean(0)
-        self.keys_MP = torch.from_numpy(keys_MP - self.key_mean_P).to(self.device)
-        self.key_covariance_PP = self.keys_MP.T @ self.keys_MP / len(self.keys_MP)
+        self.key_mean_P, covariance_PP = mean_and_covariance(self.train.keys_MP)
+        self.key_covariance_PP = torch.from_numpy(covariance_PP).to(self.device)
         self.shape = BaseShape.of(base_model.config)
         self.has_one = kind == "shared"
 
@@ -339,7 +337,7 @@ class _Fit:
         def made(chosen: dict[str, float]) -> KnowledgeAdapter:
             found = Regressions(
                 key_mean_P=torch.from_numpy(self.key_mean_P).to(self.device),
-                key_scale=max(self.keys_MP.square().mean().sqrt().item(), 1e-6),
+                key_scale=max(self.key_covariance_PP.diagonal().mean().sqrt().item(), 1e-6),
                 key_covariance_PP=self.key_covariance_PP,
                 queries={layer: queries[layer].weight_PX for layer in config.layers},
                 hidden_squares=squares,

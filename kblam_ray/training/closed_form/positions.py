@@ -58,19 +58,13 @@ class AskedTokens:
     values: tuple[StatedValue, ...]
 
 
-def messages_of(question: Question) -> list[dict[str, str]]:
-    """The conversation that asks a question: its context's turns, then the question."""
-    turns = [*question.context, question.text]
-    return [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(turns)]
-
-
 def asked_tokens(chat: ChatTemplate, question: Question, facts: Sequence[Fact]) -> AskedTokens | None:
     """The tokens of a question and its answer; None where the tokenizer does not give the values back as text.
 
     Args:
         facts: the table that the question's fact numbers mean.
     """
-    ids, start = chat.render_with_answer(messages_of(question), question.answer)
+    ids, start = chat.render_with_answer(question.messages, question.answer)
     parts, wanted = [OTHER] * len(ids), [NO_FACT] * len(ids)
     if not question.facts:
         return AskedTokens(ids, start, parts, wanted, ())

@@ -100,9 +100,10 @@ class CalibrationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kb_sizes: tuple[int, ...] = Field(
-        (100, 1_000, 10_000),
+        (1, 10, 100, 1_000, 10_000),
         min_length=1,
-        description="sizes of the knowledge bases asked; those above the number of facts become that number",
+        description="sizes of the knowledge bases asked; those above the number of facts become that number. Several"
+        " are asked of sizes below 20, for the refusal decision alone",
     )
     num_questions: int = Field(200, ge=2, description="answerable questions per size")
     num_unanswerable: int = Field(150, ge=2, description="unanswerable questions per size")
@@ -123,8 +124,8 @@ class CalibrationSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if any(size < 2 for size in self.kb_sizes):
-            raise ValueError("kb_sizes must be at least 2")
+        if any(size < 1 for size in self.kb_sizes):
+            raise ValueError("kb_sizes must be at least 1")
         if min(self.betas) < 0 or min(self.gammas) < 0:
             raise ValueError("betas and gammas must be 0 or more")
         return self

@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from kblam_ray.errors import InputError
+
+ROWS_PER_STEP = 65_536
+"""Keys made float64 at a time."""
 
 
 @dataclass
@@ -111,6 +115,17 @@ class Statistics:
                 help="give more questions, or a mix with answerable ones",
             )
         return total
+
+
+def mean_and_covariance(rows_MP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all rows, float64 [P] and [P, P]; a part of them is in float64 at a time."""
+    parts = range(0, len(rows_MP), ROWS_PER_STEP)
+    mean_P = sum(rows_MP[start : start + ROWS_PER_STEP].sum(0, dtype=np.float64) for start in parts) / len(rows_MP)
+    covariance_PP = np.zeros((rows_MP.shape[1], rows_MP.shape[1]))
+    for start in parts:
+        centred_mP = rows_MP[start : start + ROWS_PER_STEP].astype(np.float64) - mean_P
+        covariance_PP += centred_mP.T @ centred_mP
+    return mean_P, covariance_PP / len(rows_MP)
 
 
 def with_one(rows_nX: torch.Tensor) -> torch.Tensor:

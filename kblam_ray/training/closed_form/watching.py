@@ -67,11 +67,7 @@ class WatchedModel:
 
     @torch.no_grad()
     def run(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, consumer: Consumer) -> None:
-        """One forward pass; `consumer` sees each watched layer once, in order.
-
-        Raises:
-            UnsupportedModelError: a layer's hidden states or log-sum-exps are not finite.
-        """
+        """One forward pass; `consumer` sees each watched layer once, in order."""
         with self._watched(consumer):
             self._model(
                 input_ids=input_ids_BT.to(self.device),

@@ -218,7 +218,7 @@ class ExampleMaker:
         return asked
 
     def _fits(self, question: Question) -> bool:
-        ids, _ = self.chat.render_with_answer(_messages(question), question.answer)
+        ids, _ = self.chat.render_with_answer(question.messages, question.answer)
         return len(ids) <= self.settings.max_tokens
 
     def _too_long(self, kind: str) -> InputError:
@@ -230,7 +230,7 @@ class ExampleMaker:
 
     def _render(self, number: int, kind: str, asked: Asked, step: _Step) -> Example:
         question = asked.question
-        ids, answer_start = self.chat.render_with_answer(_messages(question), question.answer)
+        ids, answer_start = self.chat.render_with_answer(question.messages, question.answer)
         if step.shared_rows is None:
             draws = Draws(self.settings.seed, _ROWS, number)
             share = self.settings.hard_negatives
@@ -274,11 +274,6 @@ class ExampleMaker:
             rows = step.shared_rows
         ids = ids[: settings.max_tokens]
         return _example(number, TEXT, ids, min(answer_start, len(ids)), rows, [], [])
-
-
-def _messages(question: Question) -> list[dict[str, str]]:
-    turns = [*question.context, question.text]
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
 
 
 def _example(
