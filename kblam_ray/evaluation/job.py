@@ -47,6 +47,11 @@ def run(settings: EvaluateSettings, base_model: str, adapter: str) -> dict[str, 
     if kb is None:
         kb = _synthetic(model, settings)
     require_encoder(model.adapter.config, kb.encoder, where=kb.uri)
+    output = normalize(settings.output or "")
+    # Before the evaluation, which may take hours: a place that cannot be written is found now.
+    with storage_errors(output):
+        store, path = filesystem(output)
+        store.create_dir(path, recursive=True)
     asked = EvaluationSettings(**{name: getattr(settings, name) for name in EvaluationSettings.model_fields})
     evaluation = evaluate(model, EmbeddedFacts.of(kb), asked, own=own, progress=_tell)
     config = model.adapter.config
@@ -61,7 +66,6 @@ def run(settings: EvaluateSettings, base_model: str, adapter: str) -> dict[str, 
         "settings": _json(asked),
         **evaluation.summary(),
     }
-    output = normalize(settings.output or "")
     _write(output, evaluation.rows, summary)
     return {"output": output, **summary}
 
@@ -106,7 +110,6 @@ def _json(settings: BaseModel) -> dict[str, Any]:
 def _write(output: str, rows: pa.Table, summary: dict[str, Any]) -> None:
     with storage_errors(output):
         store, path = filesystem(output)
-        store.create_dir(path, recursive=True)
         pq.write_table(rows, join(path, "rows.parquet"), filesystem=store)
         texts = {
             "summary.json": json.dumps(summary, ensure_ascii=False, indent=1) + "\n",

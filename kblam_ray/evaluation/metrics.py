@@ -18,11 +18,13 @@ from kblam_ray.evaluation.statements import Statement, ValueIndex, words
 def retrieval_ranks(scores_M: np.ndarray, wanted: Sequence[int]) -> list[int]:
     """The place of each wanted fact among all facts by falling score, from 1; of equal scores it is the last.
 
+    Where the scores are no numbers, as of a broken adapter, a wanted fact stands last.
+
     Args:
         scores_M: float [M].
         wanted: positions of facts.
     """
-    return [int(np.count_nonzero(scores_M >= scores_M[position])) for position in wanted]
+    return [len(scores_M) - int(np.count_nonzero(scores_M < scores_M[position])) for position in wanted]
 
 
 def retrieved_at(ranks: Sequence[int], k: int) -> bool:

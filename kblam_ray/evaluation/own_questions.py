@@ -37,6 +37,8 @@ class OwnQuestion(BaseModel):
     def _check(self) -> OwnQuestion:
         if (self.entity is None) != (self.property is None):
             raise ValueError("give entity and property, or neither")
+        if not self.question.strip() or any(not value.strip() for value in self.expected() or ()):
+            raise ValueError("question and value are not blank; a value of null means that no fact answers")
         if len(self.context) % 2:
             raise ValueError("context is turns of user and assistant, an even number")
         return self
@@ -96,7 +98,8 @@ def read_questions(path: str | Path) -> list[OwnQuestion]:
         InputError: it cannot be read, has no question, or a line is not one: names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON texts may have line separators of Unicode in them.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read the questions: {error}", where=str(path), help="give a JSON Lines file"

@@ -122,6 +122,11 @@ def evaluate(
         raise InputError(
             "a number of facts with questions of one's own", where="num_facts", help="leave it out: all facts are used"
         )
+    if any(size > len(facts) for size in settings.num_facts):
+        # Before the smaller sizes, which may take hours.
+        raise InputError(
+            f"{max(settings.num_facts)} facts of {len(facts)}", where="num_facts", help="ask for fewer, or embed more"
+        )
     notes: list[str] = []
     priors = priors_of(adapter.config, settings.prior)
     if settings.prior is None and True not in priors:

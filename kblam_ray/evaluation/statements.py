@@ -7,12 +7,11 @@ Scripts without blanks between words (Han, Kana, Thai, ...) are taken letter by 
 # ruff: noqa: SIM905 (lists of words)
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+from kblam_ray.model.mentions import KOREAN_ENDINGS, UNSPACED
 
 _FRAME = frozenset(
     "a an and answer are as at be been both but by called does each for from had has have he her his i in is it its"
@@ -20,11 +19,6 @@ _FRAME = frozenset(
     " with yes you の は が を に と も で だ 的 是 为 為 在 有 和 也 叫".split()
 )
 """Words and letters that frame a statement and state nothing."""
-
-_PARTICLES = frozenset(
-    "은 는 이 가 을 를 의 에 로 으로 와 과 도 이며 이고 고 며 입니다 이다 다 예요 이에요 이었습니다 였습니다".split()
-)
-"""Korean endings, which are written onto the word before them."""
 
 _JOINERS = frozenset("-–—/_.,'’:@&+·")
 """Marks that make one word of two when no blank stands beside them, or one number of two."""
@@ -49,7 +43,7 @@ def word_spans(text: str) -> list[Span]:
     spans: list[Span] = []
     open_since: int | None = None
     for at, letter in enumerate(text):
-        is_letter, is_single = _is_letter(letter), bool(_UNSPACED.match(letter))
+        is_letter, is_single = _is_letter(letter), bool(UNSPACED.match(letter))
         if open_since is not None and (not is_letter or is_single):
             spans.append((open_since, at))
             open_since = None
@@ -140,7 +134,7 @@ class Statement:
         return frozenset(at for start, end in self.spans for at in range(start + 1, end))
 
     def _is_harmless(self, word: str) -> bool:
-        return word in self._given or word in _FRAME or word in _PARTICLES
+        return word in self._given or word in _FRAME or word in KOREAN_ENDINGS
 
     def _occurrences(self, value: str, start: int = 0) -> list[Span]:
         """Where a value stands as a whole from `start` on."""
@@ -148,7 +142,7 @@ class Statement:
         at = self.text.find(value, start) if value else -1
         while at >= 0:
             end = at + len(value)
-            if at not in self._inside and (end not in self._inside or self._rest_of_word(end) in _PARTICLES):
+            if at not in self._inside and (end not in self._inside or self._rest_of_word(end) in KOREAN_ENDINGS):
                 found.append((at, end))
             at = self.text.find(value, at + 1)
         return found

@@ -19,8 +19,24 @@ if TYPE_CHECKING:
     from kblam_ray.attention.memory import KnowledgeMemory
     from kblam_ray.attention.memory.chunk import Chunk
 
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 """Letters of scripts without blanks between words (Thai, Lao, Burmese, Khmer, Kana, Han): a word may end anywhere."""
+
+KOREAN_ENDINGS = frozenset(
+    re.findall(
+        r"\S+",
+        """
+    은 는 이 가 을 를 의 에 로 으로 와 과 도 만 란 이란 라는 이라는 에는 에서 에서는 에게 부터 까지
+    고 이고 며 이며 다 이다 입니다 야 이야 예요 이에요 인가 인가요 이었습니다 였습니다
+        """,
+    )
+)
+"""What Korean writes onto the end of a word: particles, and forms of "to be"."""
+
+_HANGUL = r"[\uac00-\ud7a3]"
+_ENDING = re.compile(rf"(?:{'|'.join(sorted(KOREAN_ENDINGS))})(?!\w)")
+_BEFORE_ENDING = re.compile(rf"{_HANGUL}{{2}}$|[^\W_](?<!{_HANGUL})$")
+"""After a single syllable it is rather a part of the same word."""
 
 
 def normalized(text: str) -> str:
@@ -69,13 +85,13 @@ class EntityIndex:
         return np.unique(np.concatenate(found))
 
     def _spans(self, text: str) -> set[str]:
-        borders = [is_border(text, at) for at in range(len(text) + 1)]
-        starts = [at for at in range(len(text)) if borders[at]]
+        starts = [at for at in range(len(text)) if is_border(text, at)]
+        ends = [may_end(text, at) for at in range(len(text) + 1)]
         return {
             text[start : start + length]
             for start in starts
             for length in self._lengths
-            if start + length <= len(text) and borders[start + length]
+            if start + length <= len(text) and ends[start + length]
         }
 
 
@@ -138,7 +154,12 @@ def is_border(text: str, at: int) -> bool:
     before, after = text[at - 1], text[at]
     if not (_is_word(before) and _is_word(after)):
         return True
-    return bool(_UNSPACED.match(before) or _UNSPACED.match(after))
+    return bool(UNSPACED.match(before) or UNSPACED.match(after))
+
+
+def may_end(text: str, at: int) -> bool:
+    """Whether a name can end before the letter at `at`: a word does, or a Korean ending is written onto the name."""
+    return is_border(text, at) or bool(_ENDING.match(text, at) and _BEFORE_ENDING.search(text, max(0, at - 2), at))
 
 
 def _is_word(letter: str) -> bool:

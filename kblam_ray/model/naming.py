@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kblam_ray.model.mentions import is_border, normalized
+from kblam_ray.model.mentions import is_border, may_end, normalized
 
 MAX_LETTERS = 80
 """Letters of a phrase that are compared: longer ones (a sentence as an entity) differ early or not at all."""
@@ -38,8 +38,9 @@ class Wording:
         self._folded = "".join(folded)
         # Where each letter of the folded text comes from: folding may make two letters of one.
         self._origin = [at for at, letters in enumerate(folded) for _ in letters] + [len(self.text)]
-        borders = [is_border(self._folded, at) for at in range(len(self._folded) + 1)]
-        self._is_border = np.array(borders)
+        places = range(len(self._folded) + 1)
+        self._is_start = np.array([is_border(self._folded, at) for at in places])
+        self._is_end = np.array([may_end(self._folded, at) for at in places])
 
     def mentions(self, phrase: str) -> list[Span]:
         """Where the phrase stands as whole words, whatever their case."""
@@ -49,7 +50,7 @@ class Wording:
         found, at = [], self._folded.find(wanted)
         while at >= 0:
             end = at + len(wanted)
-            if self._is_border[at] and self._is_border[end]:
+            if self._is_start[at] and self._is_end[end]:
                 found.append(self._span(at, end))
             at = self._folded.find(wanted, at + 1)
         return found
@@ -77,8 +78,7 @@ class Wording:
         far = len(wanted) + num
         # Sellers' recurrence (1980), with swaps: the distance to the best run of letters that ends here, begun at any
         # word.
-        row = np.where(self._is_border, 0, far)
-        starts = np.arange(num + 1)
+        row, starts = _with_letters_left_out(np.where(self._is_start, 0, far), steps)
         before, row_before, starts_before = 0, row, starts
         for letter in map(ord, wanted):
             taken, dropped = row[:-1] + (letters != letter), row[1:] + 1
@@ -91,13 +91,9 @@ class Wording:
             is_swapped = swapped < best
             best = np.where(is_swapped, swapped, best)
             begun[2:] = np.where(is_swapped[2:], starts_before[:-2], begun[2:])
-            # Letters of the question that the phrase lacks: the least so far, and one more for each step since.
-            level = best - steps
-            least = np.minimum.accumulate(level)
-            source = np.maximum.accumulate(np.where(level == least, steps, 0))
             row_before, starts_before, before = row, starts, letter
-            row, starts = least + steps, begun[source]
-        row = np.where(self._is_border, row, far)
+            row, starts = _with_letters_left_out(best, begun)
+        row = np.where(self._is_end, row, far)
         end = int(row.argmin())
         return max(0.0, 1 - float(row[end]) / len(wanted)), self._span(int(starts[end]), end)
 
@@ -123,6 +119,15 @@ class Wording:
 
     def _span(self, start: int, end: int) -> Span:
         return self._origin[start], self._origin[end - 1] + 1 if end else 0
+
+
+def _with_letters_left_out(row: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and starts with letters of the question that the phrase lacks: one more for each since the least."""
+    steps = np.arange(len(row))
+    level = row - steps
+    least = np.minimum.accumulate(level)
+    source = np.maximum.accumulate(np.where(level == least, steps, 0))
+    return least + steps, starts[source]
 
 
 def overlap(one: Span, other: Span) -> bool:

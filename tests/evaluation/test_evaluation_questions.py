@@ -145,6 +145,13 @@ def test_own_questions(tmp_path):
     assert asked[4].values == ()
 
 
+def test_lines_end_at_line_breaks_only(tmp_path):
+    texts = ["one\u2028two", "three\x85four"]
+    lines = "".join(json.dumps({"question": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    (tmp_path / "own.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert [question.question for question in read_questions(tmp_path / "own.jsonl")] == texts
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
@@ -153,6 +160,8 @@ def test_own_questions(tmp_path):
         ({"question": "x", "entity": "Peru"}, "entity and property"),
         ({"question": "x", "context": ["one"]}, "even number"),
         ({"question": "x", "answer": "y"}, "Extra inputs"),
+        ({"question": " "}, "not blank"),
+        ({"question": "x", "value": ["Lima", ""]}, "not blank"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line, error):

@@ -146,6 +146,13 @@ def test_a_row_for_each_question_and_way_of_answering(evaluation):
     assert first["retrieved_at_5"] is (first["ranks"][0] <= 5)
 
 
+def test_sizes_are_looked_at_before_any_is_evaluated(model):
+    told = []
+    with pytest.raises(InputError, match="65 facts of 64"):
+        evaluate(model, FACTS, settings(num_facts=[4, 65]), progress=told.append)
+    assert not told
+
+
 def test_a_prior_is_had_or_refused():
     plain = tiny_model()
     found = evaluate(plain, FACTS, settings(retrieval_only=True, kinds=["simple"]))

@@ -34,6 +34,11 @@ def test_a_fact_that_another_one_equals_is_not_before_it():
     assert not retrieved_at([6], 5)
 
 
+def test_a_score_that_is_no_number_is_no_hit():
+    assert retrieval_ranks(np.array([np.nan, np.nan, 0.1]), [0, 2]) == [3, 3]
+    assert retrieval_ranks(np.full(4, np.nan), [1]) == [4]
+
+
 def test_all_wanted_facts_must_be_among_the_first():
     assert retrieved_at([2, 1], 1)  # two are wanted, and two are first
     assert not retrieved_at([1, 3], 1)

@@ -10,7 +10,8 @@ from model_samples import FACTS, make_kb, save_base, tiny_adapter, tiny_llama
 from running import run_job
 
 from jobs import evaluate
-from kblam_ray.errors import EncoderMismatchError, InputError
+from kblam_ray.errors import EncoderMismatchError, InputError, StorageError
+from kblam_ray.evaluation import job
 from kblam_ray.evaluation.settings import EvaluateSettings
 from kblam_ray.job import parse
 from kblam_ray.model import KnowledgeModel
@@ -130,3 +131,10 @@ def test_wrong_input_comes_before_the_model(parts, tmp_path):
         evaluated(parts, base_model="/nothing", questions=str(tmp_path / "none"), output=str(tmp_path / "found"))
     with pytest.raises(InputError, match="7 facts of 6"):
         evaluated(parts, num_facts=[7], output=str(tmp_path / "found"))
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_evaluation(parts, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(job, "evaluate", None)
+    with pytest.raises(StorageError):
+        evaluated(parts, output=str(tmp_path / "file" / "found"))

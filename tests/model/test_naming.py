@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from kblam_ray.model.mentions import EntityIndex
 from kblam_ray.model.naming import NEAR, Wording
 
 
@@ -27,6 +29,7 @@ def distance(a: str, b: str) -> int:
     return table[-1][-1]
 
 
+@example("baab", "aabc")
 @given(
     st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=5).map(" ".join),
     st.text("abc", min_size=4, max_size=7),
@@ -80,3 +83,21 @@ def test_words_like_parts_of_names(question, entity, strange, touching):
     found = wording.strange_words([span])
     assert [wording.text[slice(*word)] for word in found] == strange
     assert wording.touches(span, found) == touching
+
+
+@pytest.mark.parametrize(
+    ("question", "phrase", "found"),
+    [
+        ("AI는 무엇인가요?", "AI", True),
+        ("AI은(는) 무엇인가요?", "AI", True),
+        ("서울의 인구는 얼마인가요?", "서울", True),
+        ("서울의 인구는 얼마인가요?", "인구", True),
+        ("한국은행의 설립 연도는?", "한국", False),
+        ("한국은행의 설립 연도는?", "한국은행", True),
+        ("사과는 무엇인가요?", "사", False),
+        ("AI팀은 어디에 있나요?", "AI", False),
+    ],
+)
+def test_korean_writes_its_particles_onto_names(question, phrase, found):
+    assert Wording(question).names(phrase) is found
+    assert list(EntityIndex(pa.table({"entity": [phrase]})).named_in(question)) == [0] * found
