@@ -24,7 +24,7 @@ Where the memory has the facts' texts, of the eight best retrieval scores:
     entity_similarity    how near any words of the question come to the best fact's entity, from 0 to 1
     entity_named         1 if it stands there as whole words, else 0
     property_similarity, property_named    the same for its property
-    pair_named           1 if one of the eight facts has entity and property named
+    pair_named           1 if one of the eight facts has entity and property named; "What is AI?" names its description
     other_property       1 if the question names another property of the table, and not the best fact's
     strange_words        words like parts of names that are in no entity and property of the eight, at most 3
     extended             how many of them touch the best fact's entity: "New Foo" and "Foo II" are not Foo
@@ -44,6 +44,7 @@ import torch
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.prompt_trace import Evidence, retrieval_evidence
 from kblam_ray.errors import InputError
+from kblam_ray.facts.questions.forms import asks_what_it_is, is_description
 from kblam_ray.model.mentions import named_facts, named_properties, normalized
 from kblam_ray.model.naming import NEAR, Span, Wording, longest, overlap
 
@@ -231,7 +232,10 @@ def _of_texts(found: Evidence, memory: KnowledgeMemory, messages: Messages) -> d
     if about is asked and property_similarity >= NEAR:
         covered.append(property_span)
     strange = about.strange_words(covered)
-    is_pair = any(asked.names(fact["property"]) and about.names(fact["entity"]) for fact in facts)
+    is_pair = any(
+        (asked.names(fact["property"]) and about.names(fact["entity"])) or _asks_for_description(asked, fact)
+        for fact in facts
+    )
     is_near_pair = entity_similarity >= NEAR and asked.names(best["property"])
     return {
         "entity_similarity": entity_similarity,
@@ -243,6 +247,13 @@ def _of_texts(found: Evidence, memory: KnowledgeMemory, messages: Messages) -> d
         "strange_words": float(min(MOST_STRANGE, len(strange))),
         "extended": float(about.touches(entity_span, strange)) if entity_similarity >= NEAR else 0.0,
     }
+
+
+def _asks_for_description(asked: Wording, fact: Mapping[str, Any]) -> bool:
+    """Whether the question asks what the fact's entity is, which a description says without being named."""
+    return is_description(fact["property"]) and any(
+        asks_what_it_is(asked.text, *span) for span in asked.mentions(fact["entity"])
+    )
 
 
 def _names_another(

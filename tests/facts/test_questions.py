@@ -205,3 +205,22 @@ def test_the_conversation_that_asks_a_question():
         ("assistant", "answer"),
         ("user", "and?"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("question", "entity", "is_one"),
+    [
+        ("AI是什么?", "AI", True),
+        ("什么是AI？", "AI", True),
+        ("what is  AI", "AI", True),
+        ("Tell me about AI.", "AI", True),
+        ("KBLaM은 무엇인가요?", "KBLaM", True),
+        ("AIとは何ですか?", "AI", True),
+        ("What is the price of AI?", "AI", False),
+        ("What is AI II?", "AI", False),
+        ("AI的价格是什么?", "AI", False),
+    ],
+)
+def test_what_an_entity_is_and_what_it_has_are_told_apart(question, entity, is_one):
+    start = question.index(entity)
+    assert forms.asks_what_it_is(question, start, start + len(entity)) == is_one

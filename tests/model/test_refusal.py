@@ -92,6 +92,15 @@ def test_words_tell_what_is_asked_from_what_is_alike(model, kb_uri, question, ex
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("question", "is_named"), [("AI是什么?", 1), ("What is AI?", 1), ("What is the price of AI?", 0)]
+)
+def test_who_asks_what_something_is_names_its_description(model, tmp_path, question, is_named):
+    kb = KnowledgeBase.create(str(tmp_path / "one"), ENCODER)
+    kb.upsert([{"entity": "AI", "property": "description", "value": "人工智能是模拟人类智能的技术"}])
+    assert features_of(model, model.load(kb.uri), question)["pair_named"] == is_named
+
+
 def test_another_property_than_the_best_facts(model, kb_uri):
     memory = model.load(kb_uri)
     (france,) = [at for at, row in enumerate(memory.lookup(memory.fact_ids)) if row["entity"] == "France"]

@@ -112,6 +112,37 @@ def is_description(property: str) -> bool:
     return property.casefold() in DESCRIPTIVE or property in NATIVE_DESCRIPTIVE
 
 
+_WHAT_IT_IS = (
+    "What is {e}?",
+    "What's {e}?",
+    "Who is {e}?",
+    "What is meant by {e}?",
+    "What does {e} mean?",
+    "Define {e}.",
+    "Explain {e}.",
+    *OPEN_ENDED_FORMS,
+    *(form for forms in NATIVE_DESCRIPTIONS.values() for form in forms),
+)
+
+
+def _bare(text: str) -> str:
+    """A question without marks, blanks, case, and the Korean particle that its entity takes."""
+    text = re.sub(r"(?<=\{e\})(은\(는\)|이\(가\)|이란|란|은|는|이|가)", "", text)
+    return re.sub(r"[\s?!.,:¿¡？！。，、：]+", " ", text).strip().casefold()
+
+
+_WHAT_IT_IS_BARE = frozenset(map(_bare, _WHAT_IT_IS))
+
+
+def asks_what_it_is(question: str, start: int, stop: int) -> bool:
+    """Whether a question asks what an entity is, and for nothing else: "What is AI?" wants a description.
+
+    Args:
+        start, stop: where in the question the entity's name stands.
+    """
+    return _bare(f"{question[:start]}{{e}}{question[stop:]}") in _WHAT_IT_IS_BARE
+
+
 def plain_forms(fact: Fact, asks: Sequence[str]) -> tuple[str, ...]:
     """The simple questions that fit a fact: in the language of its value, where that has forms of its own.
 
