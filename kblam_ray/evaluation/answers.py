@@ -6,13 +6,12 @@ Shape legend: B prompts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.evaluation.retrieval import padded
-from kblam_ray.model.generation import check_length, stop_ids
+from kblam_ray.model.generation import answer_length, answer_text, check_length, greedy_settings
 from kblam_ray.model.knowledge_model import KnowledgeModel
 
 
@@ -33,23 +32,10 @@ def generate_answers(
     Raises:
         InputError: a prompt is longer than the base model has positions for.
     """
-    ids_BT, mask_BT = padded(prompts, left=True, pad_id=_pad_id(model), device=model.device)
+    settings = greedy_settings(model, max_new_tokens)
+    ids_BT, mask_BT = padded(prompts, left=True, pad_id=settings["pad_token_id"], device=model.device)
     check_length(model, ids_BT.shape[1] + max_new_tokens)
-    stops = stop_ids(model)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    # Settings that base models bring for sampling would only be warned about.
-    settings |= {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": _pad_id(model)}
-    if stops:
-        settings["eos_token_id"] = stops
     knowledge = None if memories is None else list(memories)
     found = model.generate(ids_BT, attention_mask=mask_BT, knowledge=knowledge, **settings)
-    answers = []
-    for answer in found[:, ids_BT.shape[1] :].tolist():
-        end = next((at for at, token in enumerate(answer) if token in stops), len(answer))
-        answers.append(str(model.chat.tokenizer.decode(answer[:end], skip_special_tokens=True)).strip())
-    return answers
-
-
-def _pad_id(model: KnowledgeModel) -> int:
-    # Never looked at: masked before the prompt, cut off after the token that ends the turn.
-    return next(iter(stop_ids(model)), 0)
+    start = ids_BT.shape[1]
+    return [answer_text(model, row_T[None, : start + answer_length(model, row_T[start:])], start) for row_T in found]

@@ -13,10 +13,9 @@ from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.prompt_trace import Evidence
 from kblam_ray.evaluation.answers import generate_answers
 from kblam_ray.model.chat import Message
-from kblam_ray.model.generation import trained_positions
 from kblam_ray.model.grounding.grounder import ground
 from kblam_ray.model.grounding.selection import Reading, choose
-from kblam_ray.model.grounding.verbatim import reading_messages
+from kblam_ray.model.grounding.verbatim import reading_prompt
 from kblam_ray.model.knowledge_model import KnowledgeModel
 from kblam_ray.model.refusal import user_texts
 
@@ -61,7 +60,7 @@ def verbatim_answers(
     unread: list[_Prompt] = []
     for number in asked:
         reading = choose(memories[number], evidence[number].scores_M, user_texts(conversations[number]))
-        fitting, ids = _fitting(model, conversations[number], reading, max_new_tokens)
+        fitting, ids = reading_prompt(model, conversations[number], reading, max_new_tokens)
         (prompts if ids else unread).append(_Prompt(number, fitting, ids))
     texts = generate_answers(model, [prompt.ids for prompt in prompts], None, max_new_tokens) if prompts else []
     answers = [refusal] * len(conversations)
@@ -71,17 +70,3 @@ def verbatim_answers(
             stated = tuple(prompt.reading.facts[place].fact_id for place in grounded.stated)
             answers[prompt.number] = ReadAnswer(grounded.text, stated, False)
     return answers
-
-
-def _fitting(
-    model: KnowledgeModel, messages: Sequence[Message], reading: Reading, max_new_tokens: int
-) -> tuple[Reading, list[int]]:
-    """As much of the reading as the base model's positions hold, and its prompt; no prompt if not one fact fits."""
-    most = trained_positions(model)
-    fitting: Reading | None = reading
-    while fitting is not None:
-        ids = model.chat.render(reading_messages(messages, fitting.facts))
-        if most is None or len(ids) + max_new_tokens <= most:
-            return fitting, ids
-        fitting = fitting.without_last()
-    return reading, []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,11 +91,13 @@ def as_messages(question: str | Sequence[Message]) -> list[Message]:
     """A question as a conversation of one message; a conversation as it is.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or a blank text.
     """
     if isinstance(question, str):
+        if not question.strip():
+            raise InputError("the question is blank", where="question", help="ask something")
         return [{"role": "user", "content": question}]
-    if isinstance(question, Sequence) and not isinstance(question, str):
+    if isinstance(question, Sequence) and not isinstance(question, bytes):
         return list(question)
     raise InputError(
         f"a question of type {type(question).__name__}",
@@ -116,11 +119,9 @@ def ask(
     """See `KnowledgeModel.ask`."""
     check_grounding(grounding)
     parse_selection(selection)
-    if max_citations < 0 or max_new_tokens < 1:
-        raise InputError(
-            f"max_citations {max_citations}, max_new_tokens {max_new_tokens}",
-            help="give at least 0 citations and at least 1 token",
-        )
+    for name, number, least in (("max_citations", max_citations, 0), ("max_new_tokens", max_new_tokens, 1)):
+        if not isinstance(number, Integral) or number < least:
+            raise InputError(f"{name} {number!r}", where=name, help=f"give a whole number, {least} or more")
     if memory is not None and not isinstance(memory, KnowledgeMemory):
         raise InputError(
             f"a memory of type {type(memory).__name__}", where="memory", help="give one that `model.load(kb)` made"

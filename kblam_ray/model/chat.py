@@ -218,6 +218,12 @@ class _Escaped:
                     where=f"message {position}",
                     help=f"give a text, and one of the roles {', '.join(ROLES)}",
                 )
+            if not content.isascii() and any("\ud800" <= letter <= "\udfff" for letter in content):
+                raise InputError(
+                    "the text has half of a character in it (a lone surrogate)",
+                    where=f"message {position}",
+                    help="give valid Unicode: on the command line, UTF-8",
+                )
         if not messages:
             raise InputError("the conversation has no message", where="messages", help="ask something")
         self._chat = chat

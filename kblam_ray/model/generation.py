@@ -18,18 +18,27 @@ def generate_answer(
     model: KnowledgeModel, prompt_ids: torch.Tensor, memory: KnowledgeMemory | None, max_new_tokens: int
 ) -> torch.Tensor:
     """Prompt and greedy answer, int64 [1, T], without the token that ends the turn."""
-    stops = stop_ids(model)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    # Settings that base models bring for sampling would only be warned about.
-    settings |= {"temperature": None, "top_p": None, "top_k": None}
-    if stops:
-        settings |= {"eos_token_id": stops, "pad_token_id": stops[0]}
+    settings = greedy_settings(model, max_new_tokens)
     with torch.no_grad():
         ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), knowledge=memory, **settings)
     start = prompt_ids.shape[1]
-    answer = ids[0, start:].tolist()
-    end = next((at for at, token in enumerate(answer) if token in stops), len(answer))
-    return ids[:, : start + end]
+    return ids[:, : start + answer_length(model, ids[0, start:])]
+
+
+def greedy_settings(model: KnowledgeModel, max_new_tokens: int) -> dict[str, Any]:
+    """What `generate` is given for a greedy answer that ends with its turn."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    # Settings that base models bring for sampling would only be warned about.
+    settings |= {"temperature": None, "top_p": None, "top_k": None}
+    # What pads is never looked at: it is masked before a prompt, and stands after the token that ends the turn.
+    stops = stop_ids(model)
+    return settings | ({"eos_token_id": stops, "pad_token_id": stops[0]} if stops else {"pad_token_id": 0})
+
+
+def answer_length(model: KnowledgeModel, answer_A: torch.Tensor) -> int:
+    """Tokens before the one that ends the turn, of what was generated, int64 [A]."""
+    stops = stop_ids(model)
+    return next((at for at, token in enumerate(answer_A.tolist()) if token in stops), len(answer_A))
 
 
 def answer_text(model: KnowledgeModel, ids: torch.Tensor, start: int) -> str:

@@ -65,8 +65,13 @@ def answer_verbatim(
         found = features(model, trace.evidence, request_memory, messages)
         if statistic(config, found) < config.refusal_threshold:
             return refusal
-    reading = choose(request_memory, trace.evidence.scores_M, questions)
-    reading, text = _read(model, messages, reading, max_new_tokens)
+    reading, ids = reading_prompt(
+        model, messages, choose(request_memory, trace.evidence.scores_M, questions), max_new_tokens
+    )
+    text = ""
+    if ids:
+        written = generate_answer(model, torch.tensor([ids], device=model.device), None, max_new_tokens)
+        text = answer_text(model, written, len(ids))
     grounded = ground(text, reading, questions, config.refusal_text)
     if grounded.refused or not grounded.text:
         return refusal
@@ -84,20 +89,18 @@ def reading_messages(messages: Sequence[Message], facts: Sequence[ReadFact]) -> 
     return [*messages[:last], {"role": "user", "content": content}]
 
 
-def _read(
+def reading_prompt(
     model: KnowledgeModel, messages: Sequence[Message], reading: Reading, max_new_tokens: int
-) -> tuple[Reading, str]:
-    """What the base model writes with the facts before it; nothing if not even one of them fits into its prompt."""
+) -> tuple[Reading, list[int]]:
+    """As much of the reading as the base model's positions hold, and its prompt; no prompt if not one fact fits."""
     most = trained_positions(model)
     fitting: Reading | None = reading
     while fitting is not None:
         ids = model.chat.render(reading_messages(messages, fitting.facts))
         if most is None or len(ids) + max_new_tokens <= most:
-            prompt_ids = torch.tensor([ids], device=model.device)
-            written = generate_answer(model, prompt_ids, None, max_new_tokens)
-            return fitting, answer_text(model, written, len(ids))
+            return fitting, ids
         fitting = fitting.without_last()
-    return reading, ""
+    return reading, []
 
 
 def _answer_ids(
