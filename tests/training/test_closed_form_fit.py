@@ -106,6 +106,8 @@ def test_without_kb_layers_the_retrieval_layer_and_the_last_ones_are_taken():
 def test_what_cannot_be_fitted_is_named():
     with pytest.raises(InputError, match="held out"):
         fit(base(), chat(), facts().take([0]), SMALL)
+    with pytest.raises(InputError, match="only questions without an answer"):
+        fit(base(), chat(), facts(), SMALL.model_copy(update={"question_mix": {"unanswerable": 1.0}}))
     with pytest.raises(InputError, match="retrieval layers without KB layers"):
         fit(base(), chat(), facts(), SMALL, retrieval_layers=[1])
     with pytest.raises(UnsupportedModelError, match="layer 7"):

@@ -71,6 +71,17 @@ class Candidate:
     cross_entropy: float = math.inf
     top_1: float = 0.0
 
+    def described(self) -> dict[str, float | None]:
+        """As JSON has it, for a report; a shrinkage of None is the identity alone."""
+        return {
+            "top_1": round(self.top_1, 4),
+            "cross_entropy": round(self.cross_entropy, 4),
+            "prompt_share": self.prompt_share,
+            "ridge": self.ridge,
+            "shrinkage": None if math.isinf(self.shrinkage) else self.shrinkage,
+            "key_share": self.key_share,
+        }
+
 
 @dataclass(frozen=True)
 class Query:

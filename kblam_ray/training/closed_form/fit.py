@@ -69,27 +69,10 @@ def fit_closed_form(
     chat: ChatTemplate | PreTrainedTokenizerBase,
     facts: EmbeddedFacts,
     settings: ClosedFormSettings | None = None,
-    *,
-    kind: Kind = "shared",
-    kb_layers: list[int] | None = None,
-    kb_layer_frequency: int | None = None,
-    base_source: str | None = None,
-    progress: Progress | None = None,
-    **adapter_settings: Any,
+    **choices: Any,
 ) -> KnowledgeAdapter:
-    """The adapter of `fit`, which see, without the report."""
-    return fit(
-        base_model,
-        chat,
-        facts,
-        settings,
-        kind=kind,
-        kb_layers=kb_layers,
-        kb_layer_frequency=kb_layer_frequency,
-        base_source=base_source,
-        progress=progress,
-        **adapter_settings,
-    ).adapter
+    """The adapter of `fit`, which has all arguments and errors, without the report."""
+    return fit(base_model, chat, facts, settings, **choices).adapter
 
 
 def fit(
@@ -144,7 +127,7 @@ class _Fit:
             raise InputError(
                 f"{len(self.train)} facts to fit on and {len(self.held_out)} held out",
                 where="closed-form fit",
-                help="give facts about more entities, or another held_out share",
+                help="give facts about more entities, made-up ones (--synthetic) among them, or another held_out share",
             )
         self.key_mean_P, covariance_PP = mean_and_covariance(self.train.keys_MP)
         self.key_covariance_PP = torch.from_numpy(covariance_PP).to(self.device)
@@ -175,7 +158,8 @@ class _Fit:
             )
         retrieval = min(given.layers if given else layers, key=lambda layer: queries[layer].chosen.cross_entropy)
         config = self._config(given, retrieval, adapter_settings)
-        fits = {layer: self._values(statistics, layer, rows) for layer in config.layers}
+        values_MP = self.held_out.values_MP
+        fits = {layer: fit_values(statistics, layer, rows, values_MP, self.device) for layer in config.layers}
         shift = 0.0
         if config.kb_scale is not None:
             shift = float(np.log(config.kb_scale) - np.log(len(kb)))
@@ -187,7 +171,7 @@ class _Fit:
             "kind": self.kind,
             "kb_layers": list(config.layers),
             "retrieval_layers": list(config.retrieval_layers),
-            "candidates": {layer: _described(queries[layer]) for layer in layers},
+            "candidates": {layer: queries[layer].chosen.described() for layer in layers},
             "values_explained": {layer: [round(share, 4) for share in fits[layer].explained] for layer in fits},
             **searched,
             "num_facts": len(self.train),
@@ -211,13 +195,17 @@ class _Fit:
         return tuple(sorted({*spread, *range(first_last, num_layers)}))
 
     def _passes(self, facts: EmbeddedFacts, layers: tuple[int, ...], refusal: str) -> Passes:
-        maker = QuestionMaker(facts.facts, self.settings.seed)
+        mix = shares_of(QuestionMaker(facts.facts, self.settings.seed), self.settings.question_mix, FIT_MIX)
+        if not any(share for kind, share in mix.items() if kind != "unanswerable"):
+            raise InputError(
+                "only questions without an answer to fit to", where="question_mix", help="ask answerable ones too"
+            )
         return Passes(
             chat=self.chat,
             facts=facts,
             key_mean_P=self.key_mean_P,
             layers=layers,
-            mix=shares_of(maker, self.settings.question_mix, FIT_MIX),
+            mix=mix,
             refusal=refusal,
             seed=self.settings.seed,
             block_questions=self.settings.block_questions,
@@ -275,9 +263,6 @@ class _Fit:
             others=(COPY, VALUE),
             with_bias=self.has_one,
         )
-
-    def _values(self, statistics: Statistics, layer: int, rows: HeldOutRows) -> ValueFit:
-        return fit_values(statistics, layer, rows, self.held_out.values_MP, self.device)
 
     def _gate(self, statistics: Statistics, layer: int, task: HeldOutTask, query: Query, shift: float) -> GateFit:
         scores = {part: task.scores(query.weight_PX, part) for part in (OTHER, PROMPT, COPY, VALUE)}
@@ -367,15 +352,3 @@ class _Fit:
         bare = answers.loss(None)
         self.progress(f"loss of held-out answers: {least:.3f}; without the facts {bare:.3f}")
         return made(chosen), {"gates": chosen, "answer_loss": least, "answer_loss_without_facts": bare}
-
-
-def _described(query: Query) -> dict[str, Any]:
-    chosen = query.chosen
-    return {
-        "top_1": round(chosen.top_1, 4),
-        "cross_entropy": round(chosen.cross_entropy, 4),
-        "prompt_share": chosen.prompt_share,
-        "ridge": chosen.ridge,
-        "shrinkage": chosen.shrinkage if np.isfinite(chosen.shrinkage) else None,
-        "key_share": chosen.key_share,
-    }
