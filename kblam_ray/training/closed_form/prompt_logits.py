@@ -15,6 +15,7 @@ from kblam_ray.attention.batch import Attended
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.projections import exact_dtype
 from kblam_ray.attention.trace import Looked, run_recorded
+from kblam_ray.evaluation.retrieval import padded
 
 
 @torch.no_grad()
@@ -27,13 +28,9 @@ def prompt_logits(
         prompts: token ids of whole prompts.
         memory: whole, of one chunk: facts in the order of its rows.
     """
-    length = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), length), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-        mask_BT[row, : len(prompt)] = 1
     device = attachment.base_model.device
+    ids_BT, mask_BT = padded(prompts, left=False, pad_id=pad_id)
+    length = ids_BT.shape[1]
     last_B = torch.tensor([row * length + len(prompt) - 1 for row, prompt in enumerate(prompts)], device=device)
     recorder = _LastLogits(last_B)
     run_recorded(attachment, ids_BT, memory, recorder, mask_BT.to(device))
