@@ -97,7 +97,7 @@ def as_messages(question: str | Sequence[Message]) -> list[Message]:
         if not question.strip():
             raise InputError("the question is blank", where="question", help="ask something")
         return [{"role": "user", "content": question}]
-    if isinstance(question, Sequence) and not isinstance(question, bytes):
+    if isinstance(question, Sequence) and not isinstance(question, (str, bytes)):
         return list(question)
     raise InputError(
         f"a question of type {type(question).__name__}",
