@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("demo-kb")
+RELIABLE = "So small a model is reliable here on plain questions, with the question prior."
 QUESTIONS = [
     "What is the capital of Kenya?",
     "Which currency code does Japan have?",
@@ -54,9 +55,7 @@ def main() -> int:
     kb = KnowledgeBase.open(str(table))
     model = KnowledgeModel.from_pretrained(BASE_MODEL, ADAPTER)
     memory = model.load(kb)
-    print(
-        f"{memory.num_facts:,} facts in {memory.nbytes / 1e6:.1f} MB; with the prior, this small model is reliable here on plain questions"
-    )
+    print(f"{memory.num_facts:,} facts in {memory.nbytes / 1e6:.1f} MB. {RELIABLE}")
     ask(model, memory, QUESTIONS)
 
     step("Change one fact, delete another: each write is one small new version, nothing is trained or started again")
