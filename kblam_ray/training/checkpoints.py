@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from kblam_ray import storage
+from kblam_ray.attention.adapter.saving import sync
 from kblam_ray.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -127,12 +127,12 @@ class CheckpointStore:
         try:
             _fill(staging, fill)
             for path in sorted(staging.rglob("*")):
-                _sync(path)
-            _sync(staging)
+                sync(path)
+            sync(staging)
             if folder.exists():  # of the same step before a resumption
                 _discard(folder)
             staging.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -220,14 +220,6 @@ def _discard(folder: Path) -> None:
     going = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.partial"
     folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any], *, where: str) -> None:

@@ -45,9 +45,9 @@ def write_adapter(path: str | Path, config: AdapterConfig, tensors: Mapping[str,
             _fill(staging, config, tensors)
             if not is_new or not _became(staging, folder):
                 _replace_files(staging, folder)
-            _sync(folder)
+            sync(folder)
             if is_new:
-                _sync(folder.parent)
+                sync(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -165,7 +165,7 @@ def _fill(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tenso
     (folder / TENSORS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
     (folder / CARD_FILE).write_text(model_card(config), encoding="utf-8")
     for file in folder.iterdir():
-        _sync(file)
+        sync(file)
 
 
 def _became(staging: Path, folder: Path) -> bool:
@@ -186,7 +186,8 @@ def _replace_files(staging: Path, folder: Path) -> None:
             os.replace(staging / name, folder / name)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
