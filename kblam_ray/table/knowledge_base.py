@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,17 @@ FACTS_PER_PART = 50_000
 
 EncoderLike = Encoder | EncoderSettings | str
 """A loaded encoder, or the name or settings to load it with when it is first needed."""
+
+
+@dataclass(frozen=True)
+class WriteOutcome:
+    """The version that holds a write, and how many facts it concerned; of several rows for one fact the last counts."""
+
+    version: int
+    added: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    deleted: int = 0
 
 
 class KnowledgeBase:
@@ -153,13 +165,18 @@ class KnowledgeBase:
             EncoderError: the encoder failed; nothing was written.
             StorageError: the store failed; nothing is visible.
         """
-        self._refuse_pinned("upsert")
+        return self.write(facts).version
+
+    def write(self, facts: Iterable[FactLike]) -> WriteOutcome:
+        """What `upsert` does, and how many facts were new, changed and unchanged."""
+        self._refuse_pinned("write")
         given = facts_from(facts)
         self._move_to(self._newest())
         plan = self._plan(given, self._log)
-        if plan.is_empty:
-            return self._existing().version
-        return self._commit_facts([given[row] for row in plan.written])
+        version = (
+            self._existing().version if plan.is_empty else self._commit_facts([given[row] for row in plan.written])
+        )
+        return WriteOutcome(version, len(plan.added), len(plan.changed), plan.unchanged)
 
     def delete(self, identities: Iterable[FactLike]) -> int:
         """Delete facts named by (entity, property), or by all three texts in a multi-valued table.
@@ -173,16 +190,24 @@ class KnowledgeBase:
             BadRowError: an item does not name a fact.
             TableNotFoundError: there are no facts yet.
         """
+        return self.remove(identities).version
+
+    def remove(self, identities: Iterable[FactLike] = (), *, fact_ids: Iterable[int] = ()) -> WriteOutcome:
+        """What `delete` does, for facts named by their ids, too; and how many were deleted, in one commit.
+
+        Raises:
+            BadRowError, TableNotFoundError: see `delete`.
+        """
         self._refuse_pinned("delete")
         self._move_to(self._newest())
         log = self._existing()
         named = identities_from(identities, self.info.identity)
-        by_id = {fact_id(fact, self.info.identity): fact for fact in named}
+        ids = np.array([*(fact_id(fact, self.info.identity) for fact in named), *fact_ids], np.int64)
         columns = ["fact_id", "entity", "property", "value"]
-        rows = find_winners(log, fact_ids=np.fromiter(by_id, np.int64, len(by_id))).live().read_sorted(columns)
+        rows = find_winners(log, fact_ids=np.unique(ids)).live().read_sorted(columns)
         if not len(rows):
-            return log.version
-        refuse_collisions_with_live(list(by_id.values()), [rows], self.info.identity)
+            return WriteOutcome(log.version)
+        refuse_collisions_with_live(named, [rows], self.info.identity)
         write_id = new_write_id()
         deletes = delete_rows(
             fact_ids=rows["fact_id"],
@@ -192,7 +217,7 @@ class KnowledgeBase:
             updated_at=next_updated_at(log),
             write_id=write_id,
         )
-        return self._commit([write_part(self.uri, deletes)], write_id)
+        return WriteOutcome(self._commit([write_part(self.uri, deletes)], write_id), deleted=len(rows))
 
     def compact(self, *, target_file_bytes: int = TARGET_FILE_BYTES, retention_h: float = RETENTION_H) -> int:
         """Rewrite small and outdated files as few sorted ones; returns the version that holds the result.
