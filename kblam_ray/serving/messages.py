@@ -6,7 +6,7 @@ Nothing here imports torch: a gateway that speaks HTTP has none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 Message: TypeAlias = Mapping[str, str]
@@ -152,3 +152,7 @@ class Written:
     unchanged: int = 0
     deleted: int = 0
     is_served: bool | None = None
+
+    def waited(self, is_served: bool) -> Written:
+        """The same, when somebody waited for it."""
+        return replace(self, is_served=is_served)

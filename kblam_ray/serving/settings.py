@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints
@@ -10,6 +11,8 @@ from kblam_ray.job import JobConfig
 
 KB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of knowledge bases stand in paths and, after a colon, in model names."""
+
+KB_NAME = re.compile(KB_NAME_PATTERN)
 
 KbName = Annotated[str, StringConstraints(pattern=KB_NAME_PATTERN)]
 
@@ -90,6 +93,7 @@ class ServeSettings(JobConfig):
     )
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback only with keys")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    grounding: Literal["off", "cite", "verbatim"] = Field("cite", description="grounding of requests that name none")
     state_uri: str | None = Field(
         None, description="one JSON object, local or s3://, that remembers knowledge bases and pins over restarts"
     )

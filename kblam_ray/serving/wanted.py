@@ -40,6 +40,16 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class TableFound:
+    """A table that can be served: where it is, its encoder's name, the version asked for and the newest one."""
+
+    uri: str
+    encoder: str
+    version: int
+    newest: int
+
+
+@dataclass(frozen=True)
 class KbReport:
     """What one replica serves of one knowledge base.
 
