@@ -5,6 +5,8 @@ embed:     the whole embedding job: facts per second by number of workers, peak 
 load:      a table's embeddings into memory, against lists of float32 in Parquet and against .npy files
 attention: what facts cost a base model in time and memory, against no facts and against the published computation
 training-step: tokens per second of a training step, against the published computation
+serve:     requests per second and time to first token over HTTP, against the engine in one process and one at a time
+refresh:   facts that change under load: errors, contradictions, p99, seconds from commit to served
 """
 
 import sys
@@ -20,8 +22,13 @@ BENCHMARKS = {
     "load": ("kblam_ray.table.benchmark", "LoadBenchmark", "benchmark_load"),
     "attention": ("kblam_ray.attention.benchmark", "AttentionBenchmark", "benchmark_attention"),
     "training-step": ("kblam_ray.training.benchmark", "TrainingStepBenchmark", "benchmark_training_step"),
+    "serve": ("kblam_ray.serving.benchmark", "ServeBenchmark", "benchmark_load"),
+    "refresh": ("kblam_ray.serving.benchmark", "RefreshBenchmark", "benchmark_refresh"),
 }
 """Module, settings and function of each: only the one asked for is imported, so that it needs only its own packages."""
+
+EXTRAS = {"attention": "model", "training-step": "model", "serve": "serve", "refresh": "serve"}
+"""What to install where a package is missing; `local` for the others."""
 
 
 class NoBenchmark(JobConfig):
@@ -32,12 +39,22 @@ def refuse(_: NoBenchmark) -> dict[str, object]:
     raise InputError("no such benchmark", where="command line", help=f"choose one: {', '.join(BENCHMARKS)}")
 
 
+def with_demo_model(settings: Any) -> Any:
+    """The settings with the demo's base model and adapter where they have these fields and name neither."""
+    fields = type(settings).model_fields
+    if not {"base_model", "adapter"} <= fields.keys() or settings.base_model or settings.adapter:
+        return settings
+    from kblam_ray.demo.shipped import ADAPTER, BASE_MODEL
+
+    return settings.model_copy(update={"base_model": str(BASE_MODEL), "adapter": str(ADAPTER)})
+
+
 def run(name: str) -> NoReturn:
     module, settings, function = BENCHMARKS[name]
     try:
         part = import_module(module)
     except ModuleNotFoundError as error:
-        missing, extra = error.name, "model" if name in ("attention", "training-step") else "local"
+        missing, extra = error.name, EXTRAS.get(name, "local")
         if missing is None or missing.partition(".")[0] == "kblam_ray":
             raise
 
@@ -48,7 +65,8 @@ def run(name: str) -> NoReturn:
 
         del sys.argv[1:]
         main("benchmark", NoBenchmark, refuse_without)
-    main("benchmark", getattr(part, settings), getattr(part, function))
+    measure = getattr(part, function)
+    main("benchmark", getattr(part, settings), lambda given: measure(with_demo_model(given)))
 
 
 if __name__ == "__main__":

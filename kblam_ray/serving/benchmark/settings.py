@@ -1,0 +1,39 @@
+"""Settings of `jobs/benchmark.py serve` and `jobs/benchmark.py refresh`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from kblam_ray.job import JobConfig
+
+
+class _Served(JobConfig):
+    kb: str = Field(description="the table that is asked: plain questions about its facts")
+    base_model: str | None = Field(None, description="base model: the demo's")
+    adapter: str | None = Field(None, description="knowledge adapter: the demo's")
+    grounding: Literal["off", "cite", "verbatim"] = Field("verbatim", description="of the questions")
+    max_tokens: PositiveInt = Field(48, description="longest answer")
+    replicas: PositiveInt = Field(1, description="replicas of the server")
+    seed: int = Field(0, description="which facts are asked")
+
+
+class ServeBenchmark(_Served):
+    """Settings of `jobs/benchmark.py serve`."""
+
+    clients: list[PositiveInt] = Field([1, 8, 32], min_length=1, description="closed-loop clients at a time")
+    requests: PositiveInt = Field(200, description="requests of one measurement; one at a time: a fifth of them")
+    rounds: PositiveInt = Field(3, description="measurements of each case, in turns")
+
+
+class RefreshBenchmark(_Served):
+    """Settings of `jobs/benchmark.py refresh`."""
+
+    clients: PositiveInt = Field(16, description="closed-loop clients that ask all the time")
+    seconds: Annotated[float, Field(gt=0)] = Field(60, description="shortest time with changes, in all")
+    answers: PositiveInt = Field(10_000, description="fewest answers in all, with changes and without")
+    every_s: Annotated[float, Field(gt=0)] = Field(1, description="one change of a fact that is asked, so often")
+    rounds: PositiveInt = Field(4, description="spans without changes and spans with them, in turns")
+    large_facts: int = Field(100_000, ge=0, description="facts of a second table, of the hashing encoder; 0: none")
+    large_changes: PositiveInt = Field(1_000, description="facts changed at once in that table")
