@@ -7,7 +7,7 @@ engine generated the answer. The refusal decision looks at the same pass. Verbat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from kblam_ray.errors import InputError
 from kblam_ray.model.chat import Message
 from kblam_ray.model.generation import answer_text, check_length, generate_answer
 from kblam_ray.model.grounding import GROUNDINGS
-from kblam_ray.model.grounding.verbatim import answer_verbatim
+from kblam_ray.model.grounding.verbatim import VerbatimAnswer, answer_verbatim
 from kblam_ray.model.refusal import features, is_refusal, statistic
 
 if TYPE_CHECKING:
@@ -106,6 +106,78 @@ def as_messages(question: str | Sequence[Message]) -> list[Message]:
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question that is ready to be answered, by whatever engine generates.
+
+    Attributes:
+        messages: the conversation.
+        prompt_ids: what the chat template makes of it, int64 [1, T].
+        memory: what this question attends to, see `KnowledgeModel.prepare`; None asks the base model.
+        kb_version: of the memory.
+    """
+
+    messages: list[Message]
+    prompt_ids: torch.Tensor
+    memory: KnowledgeMemory | None
+    kb_version: int | None
+    grounding: str
+    max_citations: int
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.prompt_ids.shape[1]
+
+
+def render(
+    model: KnowledgeModel,
+    question: str | Sequence[Message],
+    memory: KnowledgeMemory | None,
+    *,
+    grounding: str,
+    selection: str,
+    max_citations: int,
+) -> Asked:
+    """The question as the base model is given it; its memory is still that of all questions, see `prepared`.
+
+    Raises:
+        InputError: a setting or a message that cannot be.
+    """
+    check_grounding(grounding)
+    parse_selection(selection)
+    check_number("max_citations", max_citations, 0)
+    if memory is not None and not isinstance(memory, KnowledgeMemory):
+        raise InputError(
+            f"a memory of type {type(memory).__name__}", where="memory", help="give one that `model.load(kb)` made"
+        )
+    messages = as_messages(question)
+    prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
+    version = None if memory is None else memory.version
+    return Asked(messages, prompt_ids, memory, version, grounding, max_citations)
+
+
+def prepared(model: KnowledgeModel, asked: Asked, selection: str) -> Asked:
+    """The question with the memory that it attends to; it may have to be encoded for that.
+
+    Raises:
+        InputError: "verbatim" without a memory, or a prior that cannot read the conversation.
+        EncoderMismatchError, EncoderNotFoundError, EncoderError: the question must be encoded and cannot be.
+    """
+    if asked.grounding == "verbatim" and asked.memory is None:
+        raise InputError(
+            "there are no facts to answer from: no memory was given",
+            where="grounding",
+            help='give a memory that `model.load(kb)` made; to ask the base model choose grounding "off"',
+        )
+    return replace(asked, memory=model.prepare(asked.memory, asked.messages, selection))
+
+
+def check_number(name: str, number: object, least: int) -> None:
+    """Raises InputError for what is not a whole number, or a smaller one."""
+    if not isinstance(number, Integral) or int(number) < least:
+        raise InputError(f"{name} {number!r}", where=name, help=f"give a whole number, {least} or more")
+
+
 def ask(
     model: KnowledgeModel,
     question: str | Sequence[Message],
@@ -117,47 +189,46 @@ def ask(
     max_new_tokens: int,
 ) -> Answer:
     """See `KnowledgeModel.ask`."""
-    check_grounding(grounding)
-    parse_selection(selection)
-    for name, number, least in (("max_citations", max_citations, 0), ("max_new_tokens", max_new_tokens, 1)):
-        if not isinstance(number, Integral) or number < least:
-            raise InputError(f"{name} {number!r}", where=name, help=f"give a whole number, {least} or more")
-    if memory is not None and not isinstance(memory, KnowledgeMemory):
-        raise InputError(
-            f"a memory of type {type(memory).__name__}", where="memory", help="give one that `model.load(kb)` made"
-        )
-    messages = as_messages(question)
-    version = None if memory is None else memory.version
-    prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
-    check_length(model, prompt_ids.shape[1] + max_new_tokens)
-    request = model.prepare(memory, messages, selection)
+    check_number("max_new_tokens", max_new_tokens, 1)
+    asked = render(model, question, memory, grounding=grounding, selection=selection, max_citations=max_citations)
+    check_length(model, asked.num_prompt_tokens + max_new_tokens)
+    asked = prepared(model, asked, selection)
     if grounding == "verbatim":
-        if request is None:
-            raise InputError(
-                "there are no facts to answer from: no memory was given",
-                where="grounding",
-                help='give a memory that `model.load(kb)` made; to ask the base model choose grounding "off"',
-            )
-        found = answer_verbatim(model, messages, request, max_new_tokens)
-        cited = tuple(
-            Citation(**fact.texts(), fact_id=fact.fact_id, metadata=fact.metadata, score=score)
-            for fact, score in found.facts[:max_citations]
-        )
-        return Answer(found.text, cited, found.refused, version)
-    ids = generate_answer(model, prompt_ids, request, max_new_tokens)
-    start = prompt_ids.shape[1]
-    text = answer_text(model, ids, start)
-    refused = is_refusal(text, model.adapter.config.refusal_text)
+        assert asked.memory is not None
+        return verbatim_answer(asked, answer_verbatim(model, asked.messages, asked.memory, max_new_tokens))
+    ids = generate_answer(model, asked.prompt_ids, asked.memory, max_new_tokens)
+    return generated_answer(model, asked, ids, answer_text(model, ids, asked.num_prompt_tokens))
+
+
+def verbatim_answer(asked: Asked, found: VerbatimAnswer) -> Answer:
+    """What was found verbatim, with as many citations as were asked for."""
+    cited = tuple(
+        Citation(**fact.texts(), fact_id=fact.fact_id, metadata=fact.metadata, score=score)
+        for fact, score in found.facts[: asked.max_citations]
+    )
+    return Answer(found.text, cited, found.refused, asked.kb_version)
+
+
+def generated_answer(model: KnowledgeModel, asked: Asked, ids: torch.Tensor, text: str) -> Answer:
+    """An answer that the base model generated, with the facts that it attended to and whether it is a refusal.
+
+    Args:
+        asked: `prepared`, with grounding "off" or "cite".
+        ids: prompt and answer, int64 [1, T], without the token that ends the turn.
+        text: of the answer.
+    """
+    config, request, start = model.adapter.config, asked.memory, asked.num_prompt_tokens
+    refused = is_refusal(text, config.refusal_text)
     citations: tuple[Citation, ...] = ()
     if request is not None:
-        decides = model.adapter.config.refusal_threshold is not None
-        if grounding == "cite" and max_citations and ids.shape[1] > start:
+        decides = config.refusal_threshold is not None
+        if asked.grounding == "cite" and asked.max_citations and ids.shape[1] > start:
             evidence, shares_M = evidence_and_shares(model.attachment, ids, request, start)
-            citations = _citations(request, shares_M, max_citations)
+            citations = _citations(request, shares_M, asked.max_citations)
         elif decides:
-            evidence = retrieval_evidence(model.attachment, prompt_ids, request)
-        refused = refused or (decides and _lacks_evidence(model, evidence, request, messages))
-    return Answer(text, citations, refused, version)
+            evidence = retrieval_evidence(model.attachment, asked.prompt_ids, request)
+        refused = refused or (decides and _lacks_evidence(model, evidence, request, asked.messages))
+    return Answer(text, citations, refused, asked.kb_version)
 
 
 def cite(

@@ -17,10 +17,11 @@ import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.prompt_trace import PromptTrace
+from kblam_ray.attention.trace import mean_shares
 from kblam_ray.errors import InputError
 from kblam_ray.model.chat import Message
 from kblam_ray.model.generation import answer_text, generate_answer, learned_positions, trained_positions
-from kblam_ray.model.grounding.grounder import ground
+from kblam_ray.model.grounding.grounder import Grounder
 from kblam_ray.model.grounding.reading import reading_message
 from kblam_ray.model.grounding.selection import ReadFact, Reading, choose
 from kblam_ray.model.mentions import check_texts
@@ -39,47 +40,119 @@ class VerbatimAnswer:
     refused: bool
 
 
-def answer_verbatim(
-    model: KnowledgeModel, messages: Sequence[Message], request_memory: KnowledgeMemory, max_new_tokens: int
-) -> VerbatimAnswer:
-    """Answer the last message of the user from the facts alone.
+class VerbatimReading:
+    """What is known of a verbatim answer before the base model writes: the facts to read, or that none answers.
+
+    Attributes:
+        prompt_ids: what the base model is given, without knowledge. Empty where it need not write: the answer is the
+            refusal then, or what the facts alone say.
+        refused: no fact is attended to enough, or there is none.
 
     Args:
         request_memory: what `KnowledgeModel.prepare` gives for the conversation.
-        max_new_tokens: most that the model writes; a value that it does not finish is stated as a whole.
+        max_new_tokens: most that the model will write; a value that it does not finish is stated as a whole.
+        most_tokens: room for prompt and answer where it is less than the base model's positions.
+        prompt_ids: of the conversation itself, int64 [1, T], where they are at hand.
 
     Raises:
         InputError: the memory has no texts, or the conversation no message of the user.
     """
-    check_texts(request_memory)
-    config = model.adapter.config
-    refusal = VerbatimAnswer(config.refusal_text, (), True)
-    questions = user_texts(messages)
-    if not questions:
-        raise InputError("the conversation has no message of the user", where="messages", help="ask something")
-    prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
-    if not request_memory.num_facts:
-        return refusal
-    trace = PromptTrace(model.attachment, prompt_ids, request_memory)
-    if config.refusal_threshold is not None:
-        found = features(model, trace.evidence, request_memory, messages)
-        if statistic(config, found) < config.refusal_threshold:
-            return refusal
-    reading, ids = reading_prompt(
-        model, messages, choose(request_memory, trace.evidence.scores_M, questions), max_new_tokens
-    )
+
+    def __init__(
+        self,
+        model: KnowledgeModel,
+        messages: Sequence[Message],
+        request_memory: KnowledgeMemory,
+        max_new_tokens: int,
+        *,
+        most_tokens: int | None = None,
+        prompt_ids: torch.Tensor | None = None,
+    ) -> None:
+        check_texts(request_memory)
+        self._model, self._messages, self._memory = model, messages, request_memory
+        self._questions = user_texts(messages)
+        if not self._questions:
+            raise InputError("the conversation has no message of the user", where="messages", help="ask something")
+        if prompt_ids is None:
+            prompt_ids = torch.tensor([model.chat.render(messages)], device=model.device)
+        self._conversation_ids = prompt_ids
+        self.prompt_ids: list[int] = []
+        self._reading: Reading | None = None
+        self._trace: PromptTrace | None = None
+        self._shares: dict[str, torch.Tensor] = {}
+        self.refused = not self._attends()
+        if not self.refused:
+            assert self._trace is not None
+            chosen = choose(request_memory, self._trace.evidence.scores_M, self._questions)
+            self._reading, self.prompt_ids = reading_prompt(model, messages, chosen, max_new_tokens, most_tokens)
+
+    def _attends(self) -> bool:
+        model, config = self._model, self._model.adapter.config
+        if not self._memory.num_facts:
+            return False
+        self._trace = PromptTrace(model.attachment, self._conversation_ids, self._memory)
+        if config.refusal_threshold is None:
+            return True
+        found = features(model, self._trace.evidence, self._memory, self._messages)
+        return statistic(config, found) >= config.refusal_threshold
+
+    def grounder(self) -> Grounder:
+        """What holds one answer to the facts read."""
+        assert self._reading is not None, "nothing is read for a refusal"
+        return Grounder(self._reading, self._questions, self._model.adapter.config.refusal_text)
+
+    def is_all_said(self, grounder: Grounder) -> bool:
+        """Whether nothing that the model may still write can be stated: the answer is complete."""
+        assert self._reading is not None
+        return grounder.refused or self._reading.allowed <= set(grounder.stated)
+
+    def answer(self, text: str, stated: Sequence[int], *, needs_shares: bool = True) -> VerbatimAnswer:
+        """The answer with its facts' shares of the attention, largest first.
+
+        Args:
+            text: what the grounder said; empty for a refusal.
+            stated: the grounder's.
+            needs_shares: False leaves the facts out, and saves a forward pass.
+        """
+        if self.refused or not text:
+            return VerbatimAnswer(self._model.adapter.config.refusal_text, (), True)
+        if not needs_shares:
+            return VerbatimAnswer(text, (), False)
+        assert self._reading is not None
+        shares_M = self._shares_of(text)
+        shares = dict(zip(self._memory.fact_ids.tolist(), shares_M.tolist(), strict=True))
+        facts = [self._reading.facts[place] for place in stated]
+        ranked = sorted(((fact, shares[fact.fact_id]) for fact in facts), key=lambda pair: -pair[1])
+        return VerbatimAnswer(text, tuple(ranked), False)
+
+    def _shares_of(self, text: str) -> torch.Tensor:
+        if text not in self._shares:
+            answer_ids = _answer_ids(self._model, self._messages, text, self._conversation_ids)
+            if self._trace is not None:
+                # Its cache is used up by the first answer.
+                trace, self._trace = self._trace, None
+                self._shares[text] = trace.answer(answer_ids)
+            else:
+                ids, start = torch.cat([self._conversation_ids, answer_ids], 1), self._conversation_ids.shape[1]
+                self._shares[text] = mean_shares(self._model.attachment, ids, self._memory, start)
+        return self._shares[text]
+
+
+def answer_verbatim(
+    model: KnowledgeModel, messages: Sequence[Message], request_memory: KnowledgeMemory, max_new_tokens: int
+) -> VerbatimAnswer:
+    """Answer the last message of the user from the facts alone; the arguments are `VerbatimReading`'s."""
+    read = VerbatimReading(model, messages, request_memory, max_new_tokens)
+    if read.refused:
+        return read.answer("", ())
     text = ""
-    if ids:
-        written = generate_answer(model, torch.tensor([ids], device=model.device), None, max_new_tokens)
-        text = answer_text(model, written, len(ids))
-    grounded = ground(text, reading, questions, config.refusal_text)
-    if grounded.refused or not grounded.text:
-        return refusal
-    shares_M = trace.answer(_answer_ids(model, messages, grounded.text, prompt_ids))
-    shares = dict(zip(request_memory.fact_ids.tolist(), shares_M.tolist(), strict=True))
-    stated = [reading.facts[place] for place in grounded.stated]
-    ranked = sorted(((fact, shares[fact.fact_id]) for fact in stated), key=lambda pair: -pair[1])
-    return VerbatimAnswer(grounded.text, tuple(ranked), False)
+    if read.prompt_ids:
+        prompt_ids = torch.tensor([read.prompt_ids], device=model.device)
+        written = generate_answer(model, prompt_ids, None, max_new_tokens)
+        text = answer_text(model, written, len(read.prompt_ids))
+    grounder = read.grounder()
+    said = grounder.feed(text) + grounder.finish()
+    return read.answer("" if grounder.refused else said, grounder.stated)
 
 
 def reading_messages(messages: Sequence[Message], facts: Sequence[ReadFact]) -> list[Message]:
@@ -90,10 +163,18 @@ def reading_messages(messages: Sequence[Message], facts: Sequence[ReadFact]) -> 
 
 
 def reading_prompt(
-    model: KnowledgeModel, messages: Sequence[Message], reading: Reading, max_new_tokens: int
+    model: KnowledgeModel,
+    messages: Sequence[Message],
+    reading: Reading,
+    max_new_tokens: int,
+    most_tokens: int | None = None,
 ) -> tuple[Reading, list[int]]:
-    """As much of the reading as the base model's positions hold, and its prompt; no prompt if not one fact fits."""
-    most = trained_positions(model)
+    """As much of the reading as the base model's positions hold, and its prompt; no prompt if not one fact fits.
+
+    Args:
+        most_tokens: room for prompt and answer where it is less than the base model's positions.
+    """
+    most = min((room for room in (trained_positions(model), most_tokens) if room is not None), default=None)
     fitting: Reading | None = reading
     while fitting is not None:
         ids = model.chat.render(reading_messages(messages, fitting.facts))
