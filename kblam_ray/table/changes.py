@@ -8,6 +8,7 @@ both versions are compared instead: the same answer, read from more bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,15 +42,19 @@ class Changes:
         return not (self.upserts.num_facts or len(self.deleted_ids))
 
 
-def find_changes(uri: str, from_version: int, to_version: int) -> Changes:
+def find_changes(uri: str, from_version: int, to_version: int, known: Sequence[TableLog] = ()) -> Changes:
     """What happened to the live facts from one version to another, which may be the older one (rollback).
+
+    Args:
+        known: versions of this table that are open already.
 
     Raises:
         TableNotFoundError: the table lacks one of the versions.
         StorageError: a version's files are gone.
     """
-    new = TableLog.open(uri, to_version)
-    old = new if from_version == to_version else TableLog.open(uri, from_version)
+    opened = {log.version: log for log in known}
+    new = opened.get(to_version) or TableLog.open(uri, to_version)
+    old = new if from_version == to_version else opened.get(from_version) or TableLog.open(uri, from_version)
     paths = _added_paths(new.uri, from_version, to_version)
     if paths is not None and _are_all_newer(paths, old, new):
         # The usual case, cheap however large the table: what was added wins, so nothing else need be read.

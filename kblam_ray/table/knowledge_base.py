@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,7 @@ class KnowledgeBase:
 
     _log: TableLog | None
     _num_facts: int | None
+    _known: tuple[TableLog, ...] = ()
 
     def __init__(self, uri: str, info: TableInfo, log: TableLog | None, encoder: EncoderLike, *, pinned: bool) -> None:
         self.uri = uri
@@ -105,6 +106,17 @@ class KnowledgeBase:
             log.info.require_same(TableInfo(encoder=encoder.spec, identity=log.info.identity), log.uri)
         return cls(log.uri, log.info, log, encoder or log.info.encoder.name, pinned=version is not None)
 
+    @classmethod
+    def at(cls, log: TableLog, known: Sequence[TableLog] = ()) -> KnowledgeBase:
+        """A handle pinned at a version that was opened before, whose log is not read again.
+
+        Args:
+            known: other versions of the same table, which `changes` does not open again either.
+        """
+        kb = cls(log.uri, log.info, log, log.info.encoder.name, pinned=True)
+        kb._known = (log, *known)
+        return kb
+
     @property
     def version(self) -> int | None:
         """The table version that this handle reads; None before the first facts."""
@@ -125,7 +137,7 @@ class KnowledgeBase:
     @property
     def table_id(self) -> str | None:
         """What tells this table from others, at whatever place and time; None before the first facts."""
-        return None if self._log is None else str(self._log.delta.metadata().id)
+        return None if self._log is None else self._log.table_id
 
     def refresh(self) -> int | None:
         """Move to the newest version and return it.
@@ -149,7 +161,7 @@ class KnowledgeBase:
 
     def changes(self, from_version: int, to_version: int) -> Changes:
         """What turns the live facts of one version into those of another; the other way round for a rollback."""
-        return find_changes(self.uri, from_version, to_version)
+        return find_changes(self.uri, from_version, to_version, self._known)
 
     def upsert(self, facts: Iterable[FactLike]) -> int:
         """Add facts and replace those whose text or metadata changed; only these are embedded.

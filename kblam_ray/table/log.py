@@ -94,6 +94,16 @@ class TableLog:
         names = ("path", "size_bytes", "num_records", "min.fact_id", "max.fact_id", "min.updated_at", "max.updated_at")
         return [_widened(DataFile(*row)) for row in zip(*map(column, names), strict=True)]
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all data files: about what the facts take in memory."""
+        return sum(file.size_bytes for file in self.files)
+
+    @cached_property
+    def table_id(self) -> str:
+        """What tells this table from others, at whatever place and time."""
+        return str(self.delta.metadata().id)
+
     def newest_updated_at(self) -> int:
         """The largest `updated_at` of any row, microseconds since 1970; 0 for a table without rows."""
         known = [file.max_updated_at for file in self.files if file.max_updated_at is not None]
