@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import uuid
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
@@ -45,6 +46,11 @@ CHILD = "__child#"
 """What the library puts between a request's name and the number of a further answer to it."""
 
 
+Choose = Callable[[torch.Tensor, Sequence[RequestState]], torch.Tensor]
+"""Changes the logits [rows, vocabulary], float32, before the engine takes the largest of each of the first rows: those
+of the requests given, in their order; further rows mean nothing. Called in the engine's thread."""
+
+
 @dataclass
 class _Request:
     """A request that has not ended: its memory, and how many answers are still to come."""
@@ -63,6 +69,7 @@ class KnowledgeBatching:
         attachment: of an adapter to the base model, whose attention implementation is "sdpa".
         generation_config: of all requests (greedy or sampling); the model's own by default.
         config: of the library's engine; what `EXACTNESS` names is set whatever it says.
+        choose: changes the logits that tokens are chosen by, request by request.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class KnowledgeBatching:
         attachment: Attachment,
         generation_config: GenerationConfig | None = None,
         config: ContinuousBatchingConfig | None = None,
+        choose: Choose | None = None,
     ) -> None:
         model: Any = attachment.base_model
         implementation = model.config._attn_implementation
@@ -87,10 +95,12 @@ class KnowledgeBatching:
         self._attachment, self._model = attachment, model
         self._generation_config = generation_config
         self._config = replace(config, **settings)
+        self._choose = choose
         self._requests: dict[str, _Request] = {}
         self._lock = threading.Lock()
         self._open = ExitStack()
         self._manager: Any = None
+        self._thread: threading.Thread | None = None
         self._capacity = 0
 
     def __enter__(self) -> Self:
@@ -101,18 +111,53 @@ class KnowledgeBatching:
                 help="call destroy_cached_continuous_batching_manager() of the base model first",
             )
         self._open.enter_context(self._attachment.packed(self))
-        self._manager = self._open.enter_context(
-            self._model.continuous_batching_context_manager(
-                generation_config=self._generation_config, continuous_batching_config=self._config
-            )
-        )
-        self._capacity = _tokens_that_fit(self._manager.batch_processor.cache)
+        try:
+            manager = self._model.init_continuous_batching(self._generation_config, self._config)
+            if self._choose is not None:
+                manager.logit_processor.logits_processor.append(_Chooser(manager, self._choose))
+                manager.logit_processor.do_processing = True
+            manager.warmup()
+            self._capacity = _tokens_that_fit(manager.batch_processor.cache)
+            manager.start()
+        except BaseException:
+            self._open.close()
+            raise
+        self._manager, self._thread = manager, manager._generation_thread
         return self
 
     def __exit__(self, *error: Any) -> None:
+        manager, self._manager = self._manager, None
+        if manager.is_running():
+            manager.stop(block=True)
+        manager.destroy()
         self._open.close()
-        self._manager = None
         self._requests.clear()
+
+    def abort(self) -> None:
+        """Stop without answering what is asked: requests that have not ended fail. Waits for the step at work."""
+        manager = self.manager
+        if manager.is_running():
+            manager.stop(block=True, hard_stop=True)
+
+    def join(self) -> None:
+        """Wait until the engine's thread has ended, for whatever reason."""
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine takes and answers requests; False after an error in its thread."""
+        manager = self._manager
+        return (
+            manager is not None
+            and manager.is_running()
+            and manager.background_thread_status.can_accept_new_requests() is None
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of prompt and answer of the longest request that the cache holds; the last one is not counted."""
+        return self._capacity
 
     @property
     def manager(self) -> Any:
@@ -127,6 +172,7 @@ class KnowledgeBatching:
         knowledge: KnowledgeMemory | None = None,
         *,
         request_id: str | None = None,
+        on_output: Callable[[GenerationOutput], None] | None = None,
         **options: Any,
     ) -> str:
         """Queue a prompt that attends to `knowledge`, to no facts without it.
@@ -135,6 +181,8 @@ class KnowledgeBatching:
             input_ids: token ids of the prompt.
             knowledge: stays in use until the request ends, whatever is loaded meanwhile.
             request_id: unique; made up by default.
+            on_output: called with the request's outputs in the event loop that runs in this thread, instead of
+                `get_result`; not any more after `cancel`. It must not raise.
             **options: of the library's `add_request`: max_new_tokens, streaming, eos_token_id.
 
         Returns:
@@ -153,8 +201,11 @@ class KnowledgeBatching:
             if request_id in self._requests:
                 raise InputError("a request of that id is running", where=request_id, help="give another request_id")
             self._requests[request_id] = _Request(knowledge, self.manager.num_return_sequences)
+        if on_output is not None:
+            self._listen(request_id, on_output)
         if self.manager.add_request(list(input_ids), request_id=request_id, **options) is None:
             self._requests.pop(request_id, None)
+            self._unlisten(request_id)
             raise InputError("the engine takes no more requests", where=request_id, help="start another engine")
         return request_id
 
@@ -166,13 +217,15 @@ class KnowledgeBatching:
         return output
 
     def cancel(self, request_id: str) -> None:
-        """End a request; what it would have said next is not computed."""
+        """End a request; what it would have said next is not computed, and its memory is let go now."""
         for name in self._answer_ids(request_id):
             self.manager.cancel_request(name)
-        # Marked after the engine knows: it will not schedule the request again once the memory is let go.
+        self._unlisten(request_id)
+        # Marked after the engine knows: at most the step that it is preparing has the request in it.
         with self._lock:
             if request_id in self._requests:
                 self._requests[request_id].is_cancelled = True
+                self._requests[request_id].memory = None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], knowledge: Sequence[KnowledgeMemory | None], **options: Any
@@ -235,6 +288,21 @@ class KnowledgeBatching:
         """What the library calls the answers to a request: the first has the request's name."""
         return [request_id, *(f"{request_id}{CHILD}{place}" for place in range(self.manager.num_return_sequences - 1))]
 
+    def _listen(self, request_id: str, on_output: Callable[[GenerationOutput], None]) -> None:
+        def take(output: GenerationOutput) -> None:
+            if output.is_finished():
+                self._answered(request_id)
+            on_output(output)
+
+        for name in self._answer_ids(request_id):
+            self.manager.register_result_handler(name, take)
+
+    def _unlisten(self, request_id: str) -> None:
+        router = self.manager.output_router
+        with router._lock:
+            for name in self._answer_ids(request_id):
+                router.result_handlers.pop(name, None)
+
     def _check_length(self, num_tokens: int, max_new_tokens: int | None) -> None:
         if max_new_tokens is None:
             max_new_tokens = self.manager.generation_config.max_new_tokens or 1
@@ -259,6 +327,19 @@ class KnowledgeBatching:
                 request.remaining -= 1
                 if request.remaining <= 0:
                     del self._requests[_first(request_id)]
+
+
+class _Chooser:
+    """Stands among the library's logits processors and says whose the rows are."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, manager: Any, choose: Choose) -> None:
+        self._manager, self._choose = manager, choose
+
+    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        scheduled = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        return self._choose(logits, [request.state for request in scheduled if request.has_new_token])
 
 
 def _first(request_id: str) -> str:

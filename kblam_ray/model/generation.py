@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def generate_answer(
-    model: KnowledgeModel, prompt_ids: torch.Tensor, memory: KnowledgeMemory | None, max_new_tokens: int
+    model: KnowledgeModel,
+    prompt_ids: torch.Tensor,
+    memory: KnowledgeMemory | None,
+    max_new_tokens: int,
+    **options: Any,
 ) -> torch.Tensor:
-    """Prompt and greedy answer, int64 [1, T], without the token that ends the turn."""
-    settings = greedy_settings(model, max_new_tokens)
+    """Prompt and greedy answer, int64 [1, T], without the token that ends the turn; `options` are of `generate`."""
+    settings = greedy_settings(model, max_new_tokens) | options
     with torch.no_grad():
         ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), knowledge=memory, **settings)
     start = prompt_ids.shape[1]

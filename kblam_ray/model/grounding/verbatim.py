@@ -11,21 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.prompt_trace import PromptTrace
 from kblam_ray.attention.trace import mean_shares
 from kblam_ray.errors import InputError
 from kblam_ray.model.chat import Message
-from kblam_ray.model.generation import answer_text, generate_answer, learned_positions, trained_positions
+from kblam_ray.model.generation import answer_length, generate_answer, learned_positions, trained_positions
 from kblam_ray.model.grounding.grounder import Grounder
 from kblam_ray.model.grounding.reading import reading_message
 from kblam_ray.model.grounding.selection import ReadFact, Reading, choose
 from kblam_ray.model.mentions import check_texts
 from kblam_ray.model.refusal import features, statistic, user_texts
+from kblam_ray.model.token_text import TokenText
 
 if TYPE_CHECKING:
     from kblam_ray.model.knowledge_model import KnowledgeModel
@@ -145,14 +147,37 @@ def answer_verbatim(
     read = VerbatimReading(model, messages, request_memory, max_new_tokens)
     if read.refused:
         return read.answer("", ())
-    text = ""
+    writing = _Writing(model, read)
     if read.prompt_ids:
         prompt_ids = torch.tensor([read.prompt_ids], device=model.device)
-        written = generate_answer(model, prompt_ids, None, max_new_tokens)
-        text = answer_text(model, written, len(read.prompt_ids))
-    grounder = read.grounder()
-    said = grounder.feed(text) + grounder.finish()
+        written = generate_answer(
+            model, prompt_ids, None, max_new_tokens, stopping_criteria=StoppingCriteriaList([writing])
+        )
+        writing.take(written, is_over=True)
+    grounder = writing.grounder
+    said = writing.said + grounder.finish()
     return read.answer("" if grounder.refused else said, grounder.stated)
+
+
+class _Writing(StoppingCriteria):
+    """Grounds an answer while it is generated, and ends it when nothing more can be stated."""
+
+    def __init__(self, model: KnowledgeModel, read: VerbatimReading) -> None:
+        self._model, self._read, self._text = model, read, TokenText(model.chat.tokenizer)
+        self._num_taken = 0
+        self.grounder = read.grounder()
+        self.said = ""
+
+    def take(self, ids: torch.Tensor, *, is_over: bool = False) -> None:
+        """All tokens so far, int64 [1, T]."""
+        answer_A = ids[0, len(self._read.prompt_ids) :]
+        new = answer_A[self._num_taken : answer_length(self._model, answer_A)].tolist()
+        self._num_taken += len(new)
+        self.said += self.grounder.feed(self._text.finish(new) if is_over else self._text.feed(new))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        self.take(input_ids)
+        return torch.tensor([self._read.is_all_said(self.grounder)], device=input_ids.device)
 
 
 def reading_messages(messages: Sequence[Message], facts: Sequence[ReadFact]) -> list[Message]:
