@@ -71,6 +71,8 @@ class ReplicaSettings(JobConfig):
     min_replicas: PositiveInt = Field(1, description="fewest replicas that answer")
     max_replicas: PositiveInt = Field(1, description="most replicas; more than `min_replicas` turns autoscaling on")
     target_ongoing_requests: PositiveFloat = Field(16, description="requests per replica that autoscaling aims at")
+    upscale_delay_s: float = Field(5, ge=0, description="how long there must be too much to do before one more comes")
+    downscale_delay_s: float = Field(300, ge=0, description="how long there must be too little before one goes")
     gateways: PositiveInt = Field(1, description="processes that speak HTTP")
     num_cpus: float = Field(1, ge=0, description="logical CPUs of a replica")
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica")
