@@ -114,8 +114,12 @@ def _resolve_s3(environment: tuple[tuple[str, str], ...], period: int) -> S3Sett
     )
 
 
-def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """A pyarrow filesystem for `uri`, and the path of `uri` inside it."""
+def filesystem(uri: str, *, is_small: bool = False) -> tuple[pafs.FileSystem, str]:
+    """A pyarrow filesystem for `uri`, and the path of `uri` inside it.
+
+    Args:
+        is_small: an object that fits one request is put by one, when its stream is closed, not by a multipart upload.
+    """
     uri = normalize(uri)
     if not is_s3(uri):
         return pafs.LocalFileSystem(), uri
@@ -125,6 +129,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         "connect_timeout": CONNECT_TIMEOUT_S,
         "request_timeout": REQUEST_TIMEOUT_S,
         "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+        "allow_delayed_open": is_small,
     }
     if settings.access_key:
         options["access_key"] = settings.access_key
