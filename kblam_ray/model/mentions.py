@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from kblam_ray.attention.memory import KnowledgeMemory
-    from kblam_ray.attention.memory.chunk import Chunk
+    from kblam_ray.attention.memory.chunk import Chunk, ChunkView
+    from kblam_ray.attention.memory.held_bytes import HeldBytes
 
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 """Letters of scripts without blanks between words (Thai, Lao, Burmese, Khmer, Kana, Han): a word may end anywhere."""
@@ -69,6 +70,13 @@ class EntityIndex:
 
         return cls(pa.table({"entity": texts.unique()}))
 
+    def add_to(self, held: HeldBytes) -> None:
+        import pyarrow as pa
+
+        held.add_array(self._rows_M)
+        held.add_array(self._hashes_M)
+        held.add_table(pa.table([self._entities], ["entity"]))
+
     def text_of(self, row: int) -> str:
         return str(self._entities[int(row)].as_py())
 
@@ -109,15 +117,18 @@ def named_facts(memory: KnowledgeMemory, question: str) -> np.ndarray:
     check_texts(memory)
     parts = [np.zeros(0, bool)]
     for view in memory.views:
-        index = _ENTITIES.get(view.chunk)
-        if index is None:
-            assert view.chunk.facts is not None
-            index = _ENTITIES[view.chunk] = EntityIndex(view.chunk.facts)
-        named = np.zeros(view.chunk.num_rows, bool)
-        named[index.named_in(question)] = True
+        rows = named_rows(view, question)
         positions = view.live_positions()
-        parts.append(named if positions is None else named[positions])
+        named = np.zeros(view.num_live, bool)
+        named[rows if positions is None else np.searchsorted(positions, rows)] = True
+        parts.append(named)
     return np.concatenate(parts)
+
+
+def named_rows(view: ChunkView, question: str) -> np.ndarray:
+    """Where the facts seen whose entity the question names stand in the chunk, which has texts: int64, ascending."""
+    rows = _entities_of(view.chunk).named_in(question)
+    return rows[view.find(view.chunk.fact_ids[rows]) >= 0]
 
 
 def named_properties(memory: KnowledgeMemory, question: str) -> list[str]:
@@ -129,12 +140,40 @@ def named_properties(memory: KnowledgeMemory, question: str) -> list[str]:
     check_texts(memory)
     found: dict[str, None] = {}
     for view in memory.views:
-        index = _PROPERTIES.get(view.chunk)
-        if index is None:
-            assert view.chunk.facts is not None
-            index = _PROPERTIES[view.chunk] = EntityIndex.of_distinct(view.chunk.facts["property"])
+        index = _properties_of(view.chunk)
         found |= dict.fromkeys(index.text_of(row) for row in index.named_in(question))
     return list(found)
+
+
+def index_words(memory: KnowledgeMemory) -> None:
+    """Index the words of a memory's facts, which has texts, before the first question does."""
+    for view in memory.views:
+        _entities_of(view.chunk)
+        _properties_of(view.chunk)
+
+
+def add_indexes_to(held: HeldBytes, memory: KnowledgeMemory) -> None:
+    """Count what was indexed of a memory's chunks so far."""
+    for view in memory.views:
+        for index in (_ENTITIES.get(view.chunk), _PROPERTIES.get(view.chunk)):
+            if index is not None:
+                index.add_to(held)
+
+
+def _entities_of(chunk: Chunk) -> EntityIndex:
+    index = _ENTITIES.get(chunk)
+    if index is None:
+        assert chunk.facts is not None
+        index = _ENTITIES[chunk] = EntityIndex(chunk.facts)
+    return index
+
+
+def _properties_of(chunk: Chunk) -> EntityIndex:
+    index = _PROPERTIES.get(chunk)
+    if index is None:
+        assert chunk.facts is not None
+        index = _PROPERTIES[chunk] = EntityIndex.of_distinct(chunk.facts["property"])
+    return index
 
 
 def check_texts(memory: KnowledgeMemory) -> None:

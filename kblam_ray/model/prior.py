@@ -1,7 +1,9 @@
 """The question prior: the encoder that made the keys reads the question too, and says which facts it is near.
 
 Added to the KB logits of every layer and token, it is what the words of the question tell; attention adds what the
-sentence so far tells. Its hard form keeps only the facts that it ranks first. Shape legend: M facts, P encoder dim.
+sentence so far tells. Its hard form keeps only the facts that it ranks first: found by comparing every fact, or among
+the candidates of an index where a chunk has one (`nearest`), whose scores are exact too.
+Shape legend: M facts, K of them kept, P encoder dim.
 """
 
 from __future__ import annotations
@@ -9,15 +11,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
+from kblam_ray.attention.memory.chunk import ChunkView
 from kblam_ray.encoders.base import Encoder
 from kblam_ray.errors import EncoderError, EncoderMismatchError, InputError
-from kblam_ray.model.mentions import named_facts
+from kblam_ray.model.mentions import named_facts, named_rows
+from kblam_ray.model.nearest import near_rows
 
 if TYPE_CHECKING:
     from kblam_ray.attention.adapter.config import AdapterConfig
@@ -95,26 +100,15 @@ class QuestionPrior:
         Raises:
             EncoderMismatchError: the keys have another dimension than the encoder.
         """
-        dim = memory.adapter.config.dim
-        if self.encoder.spec.dim != dim:
-            raise EncoderMismatchError(
-                f"the encoder gives {self.encoder.spec.dim} numbers, the memory's keys have {dim}",
-                where=self.encoder.spec.name,
-                help="give the encoder that the knowledge base was made with",
-            )
         if not memory.num_facts:
+            self._check_dim(memory)
             return torch.zeros(0, device=memory.device)
-        question_P = self.embed(question).to(memory.device)
-        block = BLOCK_ROWS["cpu" if memory.device.type == "cpu" else "cuda"]
+        question_P = self._embedded_for(memory, question)
         parts = []
         for view in memory.views:
-            cosines_M = torch.empty(view.num_rows, device=memory.device)
-            for start in range(0, view.num_rows, block):
-                keys_mP = view.rows(view.chunk.keys_MP, 0, start, start + block).float()
-                norms_m = torch.linalg.vector_norm(keys_mP, dim=1)
-                cosines_M[start : start + block] = torch.where(norms_m > 0, keys_mP @ question_P / norms_m, 0.0)
+            cosines_M = _view_cosines(view, question_P)
             parts.append(cosines_M if view.positions is not None else view.live_rows(cosines_M))
-        return torch.cat(parts)  # type: ignore[arg-type]
+        return torch.cat(parts)
 
     def names_entity(self, memory: KnowledgeMemory, question: str) -> torch.Tensor:
         """Whether the question names each fact's entity, bool [M] in the order of `memory.fact_ids`, on the CPU.
@@ -122,30 +116,32 @@ class QuestionPrior:
         Raises:
             InputError: the memory was made without the facts' texts.
         """
-        if not memory.has_texts and memory.num_facts:
-            raise InputError(
-                "the prior looks for entities in the question, but the memory has no texts",
-                where="prior_lexical",
-                help="give facts= when loading the memory, or set prior_lexical to 0",
-            )
+        _check_texts(memory)
         return torch.from_numpy(named_facts(memory, question))
 
     def scores(self, memory: KnowledgeMemory, messages: Conversation) -> torch.Tensor:
         """The prior of every fact, float32 [M] in the order of `memory.fact_ids`: what `with_prior` takes."""
-        return self._prior_and_rank(memory, messages, needs_rank=False)[0]
+        question = self.question(messages)
+        lexical_M = torch.zeros(memory.num_facts, device=memory.device)
+        if self.gamma:
+            lexical_M[self.names_entity(memory, question).to(memory.device)] = self.gamma
+        if not self.beta:
+            return lexical_M
+        return self.beta * self.cosines(memory, question) + lexical_M
 
     def similar(self, memory: KnowledgeMemory, messages: Conversation, num_facts: int) -> np.ndarray:
         """Ids of the facts that the prior ranks first, int64 [min(num_facts, M)], best first.
 
-        Exact: every fact is compared. Ranked by the prior, with the bare cosine in it where beta is 0; of equal facts
-        the one that stands first in the memory is first.
+        Ranked by the prior, with the bare cosine in it where beta is 0; of equal facts the one that stands first in
+        the memory is first. Every fact is compared, but for chunks that have an index: of those, the facts that the
+        question names and the index's candidates.
 
         Raises:
             InputError: `num_facts` is below 1.
         """
         _check_num(num_facts)
-        _, rank_M = self._prior_and_rank(memory, messages, needs_rank=True)
-        return memory.fact_ids[_largest(rank_M, num_facts).cpu().numpy()]
+        best = self._best(memory, messages, num_facts)
+        return best.fact_ids_K[torch.sort(best.rank_K, descending=True, stable=True).indices.cpu().numpy()]
 
     def apply(self, memory: KnowledgeMemory, messages: Conversation, num_facts: int | None = None) -> KnowledgeMemory:
         """The memory for one request: with the question's prior, and of the `num_facts` facts ranked first only.
@@ -158,30 +154,104 @@ class QuestionPrior:
         """
         if num_facts is not None:
             _check_num(num_facts)
-        is_selecting = num_facts is not None and num_facts < memory.num_facts
         has_prior = bool(self.beta or self.gamma)
-        if not memory.num_facts or not (is_selecting or has_prior):
+        if num_facts is not None and num_facts < memory.num_facts:
+            best = self._best(memory, messages, num_facts)
+            memory = memory.select(best.fact_ids_K)
+            return memory.with_prior(best.prior_K) if has_prior else memory
+        if not memory.num_facts or not has_prior:
             return memory
-        prior_M, rank_M = self._prior_and_rank(memory, messages, needs_rank=is_selecting)
-        fact_ids = memory.fact_ids
-        if has_prior:
-            memory = memory.with_prior(prior_M)
-        if is_selecting:
-            memory = memory.select(fact_ids[_largest(rank_M, num_facts or 0).cpu().numpy()])
-        return memory
+        return memory.with_prior(self.scores(memory, messages))
 
-    def _prior_and_rank(
-        self, memory: KnowledgeMemory, messages: Conversation, *, needs_rank: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _best(self, memory: KnowledgeMemory, messages: Conversation, num_facts: int) -> _Best:
+        """The facts that the prior ranks first, in the order of `memory.fact_ids`."""
         question = self.question(messages)
-        lexical_M = torch.zeros(memory.num_facts, device=memory.device)
         if self.gamma:
-            lexical_M[self.names_entity(memory, question).to(memory.device)] = self.gamma
-        if not self.beta and not needs_rank:
-            return lexical_M, lexical_M
-        cosines_M = self.cosines(memory, question)
-        prior_M = self.beta * cosines_M + lexical_M
-        return prior_M, prior_M if self.beta else cosines_M + lexical_M
+            _check_texts(memory)
+        question_P = self._embedded_for(memory, question)
+        parts = []
+        for view in memory.views:
+            named = named_rows(view, question) if self.gamma else np.empty(0, np.int64)
+            parts.append(self._best_of(view, question_P, named, num_facts))
+        return _Best.joined(parts, memory.device).first(num_facts)
+
+    def _best_of(self, view: ChunkView, question_P: torch.Tensor, named: np.ndarray, num_facts: int) -> _Best:
+        # Facts that an index finds are the nearest ones, to which words can only add.
+        near = near_rows(view, question_P, num_facts) if self.beta >= 0 and self.gamma >= 0 else None
+        if near is None:
+            rows = None if view.positions is None else view.live_positions()
+            cosines_m = _view_cosines(view, question_P)
+        else:
+            rows = np.union1d(near, named)
+            at = torch.from_numpy(rows).to(question_P.device)
+            cosines_m = _cosines(view.chunk.keys_MP.index_select(0, at), question_P)
+        lexical_m = torch.zeros_like(cosines_m)
+        places = named if rows is None else np.searchsorted(rows, named)
+        lexical_m[torch.from_numpy(places).to(lexical_m.device)] = self.gamma
+        prior_m = self.beta * cosines_m + lexical_m
+        rank_m = prior_m if self.beta else cosines_m + lexical_m
+        if near is None and view.hidden_rows is not None:
+            rank_m = rank_m.index_fill(0, view.hidden_rows, float("-inf"))
+        chosen_k = _largest(rank_m, min(num_facts, view.num_live))
+        host_k = chosen_k.cpu().numpy()
+        fact_ids_k = view.chunk.fact_ids[host_k if rows is None else rows[host_k]]
+        return _Best(fact_ids_k, prior_m[chosen_k], rank_m[chosen_k])
+
+    def _embedded_for(self, memory: KnowledgeMemory, question: str) -> torch.Tensor:
+        self._check_dim(memory)
+        return self.embed(question).to(memory.device)
+
+    def _check_dim(self, memory: KnowledgeMemory) -> None:
+        dim = memory.adapter.config.dim
+        if self.encoder.spec.dim != dim:
+            raise EncoderMismatchError(
+                f"the encoder gives {self.encoder.spec.dim} numbers, the memory's keys have {dim}",
+                where=self.encoder.spec.name,
+                help="give the encoder that the knowledge base was made with",
+            )
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Facts ranked first, in the order in which they stand in the memory.
+
+    Attributes:
+        fact_ids_K: NumPy int64.
+        prior_K, rank_K: float32; they differ where beta is 0.
+    """
+
+    fact_ids_K: np.ndarray
+    prior_K: torch.Tensor
+    rank_K: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Best], device: torch.device) -> _Best:
+        none = torch.zeros(0, device=device)
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(part.fact_ids_K for part in parts)]),
+            torch.cat([none, *(part.prior_K for part in parts)]),
+            torch.cat([none, *(part.rank_K for part in parts)]),
+        )
+
+    def first(self, num: int) -> _Best:
+        chosen_k = _largest(self.rank_K, num)
+        return _Best(self.fact_ids_K[chosen_k.cpu().numpy()], self.prior_K[chosen_k], self.rank_K[chosen_k])
+
+
+def _view_cosines(view: ChunkView, question_P: torch.Tensor) -> torch.Tensor:
+    """Cosines of a view's rows, hidden ones too, float32 [num_rows]."""
+    block = BLOCK_ROWS["cpu" if question_P.device.type == "cpu" else "cuda"]
+    cosines_M = torch.empty(view.num_rows, device=question_P.device)
+    for start in range(0, view.num_rows, block):
+        keys_mP = view.rows(view.chunk.keys_MP, 0, start, start + block)
+        cosines_M[start : start + block] = _cosines(keys_mP, question_P)
+    return cosines_M
+
+
+def _cosines(keys_mP: torch.Tensor, question_P: torch.Tensor) -> torch.Tensor:
+    keys_mP = keys_mP.float()
+    norms_m = torch.linalg.vector_norm(keys_mP, dim=1)
+    return torch.where(norms_m > 0, keys_mP @ question_P / norms_m, 0.0)
 
 
 def _check_num(num_facts: int) -> None:
@@ -189,12 +259,20 @@ def _check_num(num_facts: int) -> None:
         raise InputError(f"cannot keep {num_facts} facts", where="similar", help="keep at least 1")
 
 
+def _check_texts(memory: KnowledgeMemory) -> None:
+    if not memory.has_texts and memory.num_facts:
+        raise InputError(
+            "the prior looks for entities in the question, but the memory has no texts",
+            where="prior_lexical",
+            help="give facts= when loading the memory, or set prior_lexical to 0",
+        )
+
+
 def _largest(scores_M: torch.Tensor, num: int) -> torch.Tensor:
-    """Positions of the largest scores, largest first; of equal ones those that come first."""
+    """Positions of the largest scores, ascending; of equal ones those that come first."""
     if num >= len(scores_M):
-        return torch.sort(scores_M, descending=True, stable=True).indices
+        return torch.arange(len(scores_M), device=scores_M.device)
     least = scores_M.topk(num).values[-1]
     above = (scores_M > least).nonzero().squeeze(1)
     ties = (scores_M == least).nonzero().squeeze(1)[: num - len(above)]
-    chosen = torch.cat([above, ties])
-    return chosen[torch.sort(scores_M[chosen], descending=True, stable=True).indices]
+    return torch.cat([above, ties]).sort().values
