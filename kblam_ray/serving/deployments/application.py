@@ -12,10 +12,10 @@ from kblam_ray.errors import InputError
 from kblam_ray.serving.deployments.answerer import AnswererDeployment
 from kblam_ray.serving.deployments.gateway import GatewayDeployment
 from kblam_ray.serving.deployments.registry import RegistryDeployment
+from kblam_ray.serving.deployments.tables import tables_of
 from kblam_ray.serving.deployments.writer import WriterDeployment
 from kblam_ray.serving.http.access import Keys
 from kblam_ray.serving.settings import ReplicaSettings, ServeSettings
-from kblam_ray.serving.deployments.tables import tables_of
 
 # Annotations are not postponed here: Serve looks at `build`'s to turn the YAML's `args` into settings.
 
@@ -64,7 +64,9 @@ def build(settings: ServeSettings) -> Application:
         **_num_replicas(replicas),
         **common,
     ).bind(settings, registry)
-    gateway = serve.deployment(serve.ingress()(GatewayDeployment), name="Gateway", num_replicas=replicas.gateways, **light)
+    gateway = serve.deployment(
+        serve.ingress()(GatewayDeployment), name="Gateway", num_replicas=replicas.gateways, **light
+    )
     return gateway.bind(settings, model_name(settings), answerers, writer, registry, Keys.from_environment())
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from kblam_ray.serving.deployments.admission import Admission
 from kblam_ray.serving.deployments.calls import LostError, Pauses, asked, repeated, streamed
 from kblam_ray.serving.deployments.registry import PATIENCE_S, RegistryClient
 from kblam_ray.serving.deployments.writer import WriterClient
-from kblam_ray.serving.messages import Event, FactFilter, FactsPage, Finished, KbRef, Question, Started
+from kblam_ray.serving.messages import Event, FactFilter, FactsPage, Finished, KbRef, Question, Started, Written
 from kblam_ray.serving.metrics import Metrics, merged
 from kblam_ray.serving.settings import LimitSettings
 from kblam_ray.serving.wanted import Overview, TableFound
@@ -54,6 +54,7 @@ class ServeBackend(Administration):
         self._limits, self._answerers, self._admission = limits, answerers, admission
         self._streaming = answerers.options(stream=True)
         self._metrics, self._process_id = metrics, process_id
+        self._num_writing = 0
         self._last_overview: tuple[float, Overview] | None = None
 
     async def stream(self, question: Question) -> AsyncGenerator[Event, None]:
@@ -93,6 +94,18 @@ class ServeBackend(Administration):
         with self._admission.admitted():
             return await self._ask_any("find_facts", kb, which)
 
+    async def write_facts(
+        self, name: str, facts: Sequence[Mapping[str, Any]], *, wait: bool = False, timeout_s: float = 30
+    ) -> Written:
+        """See `Backend`."""
+        with self._writing():
+            return await super().write_facts(name, facts, wait=wait, timeout_s=timeout_s)
+
+    async def delete_facts(self, name: str, **which: Any) -> Written:
+        """See `Backend`."""
+        with self._writing():
+            return await super().delete_facts(name, **which)
+
     async def remove_knowledge_base(self, name: str) -> None:
         """See `Backend`."""
         await super().remove_knowledge_base(name)
@@ -131,6 +144,20 @@ class ServeBackend(Administration):
         """See `Backend`."""
         others = {name: text for name, text in (await self.overview()).metrics.items() if name != self._process_id}
         return merged([self._metrics.text(), *others.values()])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._num_writing >= self._limits.max_queued_requests:
+            raise UnavailableError(
+                f"{self._num_writing} writes wait, and no more may",
+                where="max_queued_requests",
+                help="write again in a moment, and many facts at a time",
+            )
+        self._num_writing += 1
+        try:
+            yield
+        finally:
+            self._num_writing -= 1
 
     async def _inspect_elsewhere(self, uri: str, version: int | None) -> TableFound:
         return await self._ask_any("inspect", uri, version)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class GatewayDeployment:
-    """The ingress of the application; `serve.ingress()` makes it answer HTTP with what `__serve_build_asgi_app__` gives.
+    """The ingress of the application: `serve.ingress()` makes it answer HTTP.
 
     Args:
         model_name: what clients call the model.

@@ -82,11 +82,11 @@ class RegistryDeployment:
         assert self._registry_or_none is not None, "the deployment is given a user_config"
         return self._registry_or_none
 
-    async def report(self, report: ProcessReport) -> None | Failure:
+    async def report(self, report: ProcessReport) -> Failure | None:
         """See `RegistryLike`, as with the methods below."""
         return await outcome(self._registry.report(report))
 
-    async def leave(self, process_id: str) -> None | Failure:
+    async def leave(self, process_id: str) -> Failure | None:
         return await outcome(self._registry.leave(process_id))
 
     async def wanted(self, known: int | None, timeout_s: float) -> Wanted | Failure:
@@ -98,7 +98,7 @@ class RegistryDeployment:
     async def remove(self, name: str) -> Wanted | Failure:
         return await outcome(self._registry.remove(name))
 
-    async def committed(self, name: str, version: int) -> None | Failure:
+    async def committed(self, name: str, version: int) -> Failure | None:
         return await outcome(self._registry.committed(name, version))
 
     async def wait_served(self, name: str, version: int, timeout_s: float) -> bool | Failure:

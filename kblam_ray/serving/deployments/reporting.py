@@ -24,9 +24,7 @@ def own_process_id(role: Role) -> str:
 class Reporter:
     """Renews a lease until it is closed; a registry that does not answer is asked again at the next turn."""
 
-    def __init__(
-        self, registry: RegistryClient, process_id: str, role: Role, metrics: Metrics, lease_s: float
-    ) -> None:
+    def __init__(self, registry: RegistryClient, process_id: str, role: Role, metrics: Metrics, lease_s: float) -> None:
         self._registry, self._process_id, self._role = registry, process_id, role
         self._metrics, self._every_s = metrics, lease_s / 3
         self._task: asyncio.Task[None] | None = None
