@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP interface over any `Backend`; nothing here imports torch or Ray."""
