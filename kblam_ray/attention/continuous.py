@@ -205,7 +205,7 @@ class KnowledgeBatching:
             self._listen(request_id, on_output)
         if self.manager.add_request(list(input_ids), request_id=request_id, **options) is None:
             self._requests.pop(request_id, None)
-            self._unlisten(request_id)
+            self._unlisten(self.manager, request_id)
             raise InputError("the engine takes no more requests", where=request_id, help="start another engine")
         return request_id
 
@@ -218,9 +218,12 @@ class KnowledgeBatching:
 
     def cancel(self, request_id: str) -> None:
         """End a request; what it would have said next is not computed, and its memory is let go now."""
-        for name in self._answer_ids(request_id):
-            self.manager.cancel_request(name)
-        self._unlisten(request_id)
+        manager = self._manager
+        if manager is None:  # stopped meanwhile, and nothing is left of its requests
+            return
+        for name in self._answer_ids(manager, request_id):
+            manager.cancel_request(name)
+        self._unlisten(manager, request_id)
         # Marked after the engine knows: at most the step that it is preparing has the request in it.
         with self._lock:
             if request_id in self._requests:
@@ -250,7 +253,7 @@ class KnowledgeBatching:
         try:
             for prompt, memory in zip(prompts, knowledge, strict=True):
                 ids.append(self.add_request(prompt, memory, **options))
-            wanted = [name for request_id in ids for name in self._answer_ids(request_id)]
+            wanted = [name for request_id in ids for name in self._answer_ids(self.manager, request_id)]
             while len(answers) < len(wanted):
                 output = self.get_result(timeout=1)
                 if output is None:
@@ -284,9 +287,10 @@ class KnowledgeBatching:
             Segment(memory, start, stop) for memory, start, stop in zip(memories, bounds[:-1], bounds[1:], strict=True)
         ]
 
-    def _answer_ids(self, request_id: str) -> list[str]:
+    @staticmethod
+    def _answer_ids(manager: Any, request_id: str) -> list[str]:
         """What the library calls the answers to a request: the first has the request's name."""
-        return [request_id, *(f"{request_id}{CHILD}{place}" for place in range(self.manager.num_return_sequences - 1))]
+        return [request_id, *(f"{request_id}{CHILD}{place}" for place in range(manager.num_return_sequences - 1))]
 
     def _listen(self, request_id: str, on_output: Callable[[GenerationOutput], None]) -> None:
         def take(output: GenerationOutput) -> None:
@@ -294,13 +298,13 @@ class KnowledgeBatching:
                 self._answered(request_id)
             on_output(output)
 
-        for name in self._answer_ids(request_id):
+        for name in self._answer_ids(self.manager, request_id):
             self.manager.register_result_handler(name, take)
 
-    def _unlisten(self, request_id: str) -> None:
-        router = self.manager.output_router
+    def _unlisten(self, manager: Any, request_id: str) -> None:
+        router = manager.output_router
         with router._lock:
-            for name in self._answer_ids(request_id):
+            for name in self._answer_ids(manager, request_id):
                 router.result_handlers.pop(name, None)
 
     def _check_length(self, num_tokens: int, max_new_tokens: int | None) -> None:

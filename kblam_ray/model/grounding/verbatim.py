@@ -108,6 +108,11 @@ class VerbatimReading:
         assert self._reading is not None
         return grounder.refused or self._reading.allowed <= set(grounder.stated)
 
+    def value(self, place: int) -> str:
+        """Of the fact at a place among those that are read."""
+        assert self._reading is not None
+        return self._reading.facts[place].value
+
     def answer(self, text: str, stated: Sequence[int], *, needs_shares: bool = True) -> VerbatimAnswer:
         """The answer with its facts' shares of the attention, largest first.
 
