@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,9 @@ PATIENCE_S = 30.0
 
 REPORT_PATIENCE_S = 5.0
 """A report is out of date after that; the next one says more."""
+
+LEARNING_S = 0.1
+"""Pause before a registry that is being told what was wanted is asked again."""
 
 WHAT = "the registry"
 
@@ -148,8 +152,18 @@ class RegistryClient(RegistryLike):
         await self._call("leave", process_id, patience_s=REPORT_PATIENCE_S)
 
     async def wanted(self, known: int | None = None, timeout_s: float = 0.0) -> Wanted:
-        """See `RegistryLike`."""
-        return self._heard(await self._call("wanted", known, timeout_s, patience_s=PATIENCE_S + timeout_s))
+        """See `RegistryLike`. A registry that is still being told what was wanted is asked again."""
+        deadline = time.monotonic() + PATIENCE_S + timeout_s
+        last = self.last_wanted
+        # Who names no revision would be told too little by a registry that has only just begun.
+        revision = last.revision if known is None and last is not None else known
+        while True:
+            try:
+                return self._heard(await self._call("wanted", revision, timeout_s, patience_s=PATIENCE_S + timeout_s))
+            except UnavailableError:
+                if known is not None or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(LEARNING_S)
 
     async def put(self, name: str, uri: str, version: int | None) -> Wanted:
         """See `RegistryLike`."""

@@ -45,11 +45,11 @@ class Reporter:
         while True:
             try:
                 # Whoever knows what is wanted helps a registry that lost its memory.
-                await self._registry.wanted()
                 report = ProcessReport(
                     self._process_id, self._role, wanted=self._registry.last_wanted, metrics=self._metrics.text()
                 )
                 await self._registry.report(report)
+                await self._registry.wanted()
             except KblamError as error:
                 logger.warning("the registry does not take a report: %s", error)
             await asyncio.sleep(self._every_s)
