@@ -1,218 +1,208 @@
-"""A stand-in for the server's HTTP interface that streams slowly and fails on request, to see what the page makes of it."""
+"""A stand-in for model and tables behind the real HTTP interface: it answers slowly and fails on request."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import FastAPI
 
+from kblam_ray.errors import ConflictError, GenerationError, KblamError, NotServedError
 from kblam_ray.facts import Fact
 from kblam_ray.facts.fact import fact_id
+from kblam_ray.serving.http.access import Keys
+from kblam_ray.serving.http.app import create_app
+from kblam_ray.serving.messages import (
+    Choice,
+    Event,
+    FactFilter,
+    FactsPage,
+    Finished,
+    KbRef,
+    Piece,
+    Question,
+    Started,
+    Written,
+)
+from kblam_ray.serving.metrics import Metrics
+from kblam_ray.serving.settings import LimitSettings
+from kblam_ray.serving.wanted import KbDescription, KbSpec, Overview, Wanted
 
-MODEL = "demo-model"
 REFUSAL = "I am sorry, no fact of the knowledge base answers this question."
 
 
-@dataclass
 class Double:
-    """What the server knows and how it shall behave; tests change it while it runs.
+    """A backend with one table under two names; tests change its attributes while it serves.
 
     Attributes:
-        failures: path of a request to the refusals that its next ones get: (status, error, headers).
-        may_stream: cleared, answers stop after their first piece until it is set.
-        breaks_off: answers end with an error event after their first piece.
-        written_is_served: False: a write that waits runs out of time.
-        key, admin_key: wanted in Authorization; None: nobody is asked.
+        is_multi_valued: the identity rule of the table is all three fields.
+        description: what differs in the description of the knowledge bases.
+        failures: raised by the next questions and look-ups, one each.
+        breaks_off: an answer fails after its first piece.
+        may_stream: while cleared, answers wait after their first piece.
+        is_served: False: a write that waits runs out of time.
+        asked: every question so far; `num_cancelled`: those that were hung up on.
     """
 
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    version: int = 3
-    is_multi_valued: bool = False
-    state: dict[str, Any] = field(default_factory=dict)
-    failures: dict[str, list[tuple[int, dict[str, Any], dict[str, str]]]] = field(default_factory=dict)
-    may_stream: threading.Event = field(default_factory=threading.Event)
-    breaks_off: bool = False
-    written_is_served: bool = True
-    key: str | None = None
-    admin_key: str | None = None
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    model_name = "demo-model"
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.facts: dict[int, dict[str, Any]] = {}
+        self.version = 3
+        self.is_multi_valued = False
+        self.description: dict[str, Any] = {}
+        self.failures: list[KblamError] = []
+        self.breaks_off = False
+        self.may_stream = threading.Event()
         self.may_stream.set()
+        self.is_served = True
+        self.asked: list[Question] = []
+        self.num_cancelled = 0
 
     def put(self, entity: str, property: str, value: str, metadata: str | None = None) -> str:
-        """Add or change a fact; what happened: added, changed or unchanged."""
+        """Add or change a fact, without another version; what happened: added, changed or unchanged."""
         identity = "entity,property,value" if self.is_multi_valued else "entity,property"
-        id = str(fact_id(Fact(entity, property, value), identity))
-        before = self.facts.get(id)
-        self.facts[id] = {
-            "fact_id": id,
-            "entity": entity,
-            "property": property,
-            "value": value,
-            "metadata": metadata,
-        }
+        id = fact_id(Fact(entity, property, value), identity)
+        row = {"entity": entity, "property": property, "value": value, "metadata": metadata}
+        before, self.facts[id] = self.facts.get(id), {"fact_id": str(id), **row}
         return "added" if before is None else "unchanged" if before == self.facts[id] else "changed"
 
-    def describe(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "uri": f"/tables/{name}",
-            "version": self.version,
-            "latest_version": self.version,
-            "pinned": False,
-            "num_facts": len(self.facts),
-            "encoder": "all-MiniLM-L6-v2",
-            "status": "ready",
-            "lag_s": 0.0,
-            **self.state,
-        }
+    def _fail(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
 
-    def answer(self, question: str) -> tuple[str, list[dict[str, Any]]]:
-        """Text and citations."""
-        found = re.fullmatch(r"What is the (.+) of (.+)\?", question)
-        cited = [
-            fact for fact in self.facts.values() if found and (fact["property"], fact["entity"]) == tuple(found.groups())
-        ]
-        if not cited:
-            return REFUSAL, []
-        others = [fact for fact in self.facts.values() if fact["entity"] == cited[0]["entity"] and fact not in cited]
-        told = " and ".join(fact["value"] for fact in cited)
-        citations = [
-            {**fact, "score": 0.618 / 9**place} for place, fact in enumerate([*cited, *others][:5])
-        ]
-        return f"The {cited[0]['property']} of {cited[0]['entity']} is {told}.", citations
+    def _describe(self, name: str) -> KbDescription:
+        known = KbDescription(
+            name, f"/tables/{name}", self.version, self.version, False, len(self.facts), "MiniLM", "ready", 0.0
+        )
+        return replace(known, **self.description)
 
+    async def stream(self, question: Question) -> AsyncIterator[Event]:
+        self._fail()
+        self.asked.append(question)
+        version = self.version if question.kb else None
+        text, cited = self._answer(question)
+        yield Started(version, 7)
+        is_done = False
+        try:
+            for place, word in enumerate(re.findall(r"\s*\S+", text)):
+                yield Piece(0, word)
+                if place == 0 and self.breaks_off:
+                    raise GenerationError("the engine has stopped", help="ask again")
+                while not self.may_stream.is_set():
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.002)
+            is_done = True
+        finally:
+            self.num_cancelled += not is_done and not self.breaks_off
+        is_refused = question.kb is not None and not cited
+        yield Finished((Choice(text, "stop", is_refused, cited, 9),), version, 7)
 
-def refusal(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None, **more):
-    error = {"message": message, "type": "error", "param": None, "code": code, **more}
-    return JSONResponse({"error": error}, status, headers)
+    def _answer(self, question: Question) -> tuple[str, tuple[Mapping[str, Any], ...]]:
+        found = re.fullmatch(r"What is the (.+) of (.+)\?", question.messages[-1]["content"])
+        asked = found.groups() if found else None
+        rows = list(self.facts.values())
+        cited = [row for row in rows if (row["property"], row["entity"]) == asked]
+        if not cited or question.kb is None:
+            return REFUSAL, ()
+        others = [row for row in rows if row["entity"] == cited[0]["entity"] and row not in cited]
+        told = " and ".join(row["value"] for row in cited)
+        shares = [{**row, "score": 0.618 / 9**place} for place, row in enumerate([*cited, *others])]
+        text = f"The {cited[0]['property']} of {cited[0]['entity']} is {told}."
+        return text, tuple(shares[: question.max_citations]) if question.grounding != "off" else ()
 
+    async def complete(self, question: Question) -> Finished:
+        raise NotImplementedError("the page streams")
 
-def make_app(double: Double) -> FastAPI:
-    """The endpoints that the page uses."""
-    app = FastAPI()
-    writing = ("POST", "PUT", "DELETE")
+    async def find_facts(self, kb: KbRef, which: FactFilter) -> FactsPage:
+        self._fail()
 
-    @app.middleware("http")
-    async def guard(request: Request, go_on):
-        path = request.url.path
-        if not path.startswith("/v1/"):
-            return await go_on(request)
-        if double.failures.get(path):
-            status, error, headers = double.failures[path].pop(0)
-            return JSONResponse({"error": error}, status, headers)
-        if double.key is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if given not in (double.key, double.admin_key):
-                return refusal(401, "Incorrect API key provided", "invalid_api_key")
-            if request.method in writing and "knowledge_bases" in path and given != double.admin_key:
-                return refusal(403, "This key may not write", "permission_denied")
-        return await go_on(request)
+        def is_found(id: int, row: dict[str, Any]) -> bool:
+            text = " ".join((row["entity"], row["property"], row["value"])).casefold()
+            is_named = which.entity in (None, row["entity"]) and which.property in (None, row["property"])
+            return is_named and (which.text or "").casefold() in text and (not which.after or id > int(which.after))
 
-    @app.get("/v1/models")
-    def models():
-        ids = [MODEL, f"{MODEL}:capitals", f"{MODEL}:other"]
-        return {"object": "list", "data": [{"id": id, "object": "model"} for id in ids]}
+        rows = [row for id, row in sorted(self.facts.items()) if is_found(id, row)]
+        page = tuple(
+            {**row, "metadata": row["metadata"] and json.loads(row["metadata"])} for row in rows[: which.limit]
+        )
+        return FactsPage(page, page[-1]["fact_id"] if len(rows) > which.limit else None, self.version)
 
-    @app.get("/v1/knowledge_bases/{name}")
-    def describe(name: str):
-        return double.describe(name)
+    async def write_facts(
+        self, name: str, facts: Sequence[Mapping[str, Any]], *, wait: bool = False, timeout_s: float = 30
+    ) -> Written:
+        if self.description.get("pinned"):
+            raise ConflictError("the knowledge base is pinned", help="follow the newest version")
+        happened = [self.put(**fact) for fact in facts]
+        self.version += happened != ["unchanged"]
+        counts = {what: happened.count(what) for what in ("added", "changed", "unchanged")}
+        return Written(self.version, **counts, is_served=self.is_served)
 
-    @app.put("/v1/knowledge_bases/{name}")
-    async def pin(name: str, request: Request):
-        double.state = {"pinned": (await request.json())["version"] is not None}
-        return double.describe(name)
+    async def delete_facts(
+        self,
+        name: str,
+        *,
+        identities: Sequence[Mapping[str, str]] = (),
+        fact_ids: Sequence[int] = (),
+        wait: bool = False,
+        timeout_s: float = 30,
+    ) -> Written:
+        for id in fact_ids:
+            if self.facts.pop(id, None) is None:
+                raise NotServedError("there is no such fact", help="look it up again")
+        self.version += 1
+        return Written(self.version, deleted=len(fact_ids), is_served=self.is_served)
 
-    @app.get("/v1/knowledge_bases/{name}/facts")
-    def find(name: str, q: str = "", entity: str = "", property: str = "", limit: int = 100, after: str = ""):
-        def is_wanted(fact):
-            text = " ".join((fact["entity"], fact["property"], fact["value"])).casefold()
-            wanted = (entity in ("", fact["entity"])) and (property in ("", fact["property"]))
-            return q.casefold() in text and wanted and (not after or int(fact["fact_id"]) > int(after))
+    async def put_knowledge_base(
+        self, name: str, uri: str, version: int | None, *, wait: bool = False, timeout_s: float = 30
+    ) -> KbDescription:
+        self.description = {"pinned": version is not None}
+        return self._describe(name)
 
-        rows = sorted(filter(is_wanted, double.facts.values()), key=lambda fact: int(fact["fact_id"]))
-        page = rows[:limit]
-        return {
-            "data": page,
-            "next": page[-1]["fact_id"] if len(rows) > limit else None,
-            "kb_version": double.version,
-        }
+    async def remove_knowledge_base(self, name: str) -> None:
+        raise NotImplementedError("the page removes none")
 
-    def written(**counts: int):
-        double.version += 1
-        if not double.written_is_served:
-            return refusal(503, "Not every replica serves it yet", "unavailable", kb_version=double.version)
-        return {"kb_version": double.version, "added": 0, "changed": 0, "unchanged": 0, **counts}
+    async def overview(self) -> Overview:
+        names = ("capitals", "others")
+        wanted = Wanted(1, {name: KbSpec(f"/tables/{name}") for name in names})
+        return Overview(wanted, {name: self._describe(name) for name in names}, {"one": "answerer"}, {})
 
-    @app.post("/v1/knowledge_bases/{name}/facts")
-    async def write(name: str, request: Request):
-        if double.state.get("pinned"):
-            return refusal(409, "The knowledge base is pinned", "conflict")
-        happened = [double.put(**fact) for fact in (await request.json())["facts"]]
-        return written(**{what: happened.count(what) for what in set(happened)})
-
-    @app.delete("/v1/knowledge_bases/{name}/facts/{id}")
-    def delete(name: str, id: str):
-        del double.facts[id]
-        return written(deleted=1)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request):
-        asked = await request.json()
-        double.asked.append(asked)
-        text, citations = double.answer(asked["messages"][-1]["content"])
-        has_kb = ":" in asked["model"]
-        return StreamingResponse(stream(double, text, citations, has_kb), media_type="text/event-stream")
-
-    return app
+    async def metrics(self) -> str:
+        return ""
 
 
-def stream(double: Double, text: str, citations: list[dict[str, Any]], has_kb: bool) -> Iterator[str]:
-    """Events of an answer, a word at a time, with what servers may send besides: comments and other ends of lines."""
-
-    def chunk(delta: dict[str, str], end: str = "\n\n", **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": None}
-        return f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice], **more})}{end}"
-
-    yield ": hello\n\n"
-    yield chunk({"role": "assistant", "content": ""})
-    for place, word in enumerate(re.findall(r"\s*\S+", text)):
-        event = chunk({"content": word}, end="\r\n\r\n")
-        yield event[:25]
-        yield event[25:]
-        if place == 0:
-            if double.breaks_off:
-                yield 'event: error\ndata: {"error": {"message": "The engine has stopped", "code": "generation_failed"}}\n\n'
-                return
-            # A generator whose client has left is closed at its next yield.
-            while not double.may_stream.wait(0.05):
-                yield ": waiting\n\n"
-        time.sleep(0.005)
-    end = {"index": 0, "delta": {}, "finish_reason": "stop"}
-    refused = has_kb and not citations
-    last = {"kb_version": double.version if has_kb else None, "refused": refused, "citations": citations}
-    yield f"data: {json.dumps({'id': 'x', 'choices': [end]})}\n\n"
-    yield f"data: {json.dumps({'id': 'x', 'choices': [], **last})}\n\n"
-    yield "data: [DONE]\n\n"
+def app_of(backend: Any, keys: Keys | None = None, limits: LimitSettings | None = None) -> FastAPI:
+    """The real application over a backend."""
+    return create_app(backend, limits or LimitSettings(), keys or Keys(), Metrics("page", "gateway"))
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """Run an app on a loopback port of its own; the address, with a slash at its end."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
+def served(app: FastAPI, backend: Any = None) -> Iterator[str]:
+    """Run an app on a loopback port of its own, its backend on the same event loop if it is to be started and closed.
+
+    Yields:
+        the address, with a slash at its end.
+    """
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+
+    async def serve() -> None:
+        if backend is None:
+            return await server.serve()
+        async with backend:
+            await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive(), "the server has not started"
         assert time.monotonic() < deadline, "the server has not started in time"
@@ -221,6 +211,7 @@ def served(app: FastAPI) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:
-        server.should_exit = True
-        server.force_exit = True
-        thread.join(10)
+        # Browsers keep connections open that a graceful end would wait for.
+        server.should_exit = server.force_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server has not stopped in time"

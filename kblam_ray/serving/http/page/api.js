@@ -68,8 +68,16 @@ async function send(path, { method = "GET", body = null, signal = null, quiet = 
     }
     if (response.ok) return response;
     const error = await errorOf(response);
-    if (quiet || ![401, 403].includes(error.status) || !(await askForKey(error))) throw error;
+    // Who has no key and is told 403 would not be let in with one: the server has no keys.
+    const mayHelp = error.status === 401 || (error.status === 403 && heldKey !== null);
+    if (quiet || !mayHelp || !(await askForKey(error))) throw error;
   }
+}
+
+/** Whole numbers that JavaScript would round stay as they are written: metadata is sent back as it came. */
+function exact(name, value, context) {
+  const isRounded = Number.isInteger(value) && !Number.isSafeInteger(value);
+  return isRounded && context?.source && JSON.rawJSON ? JSON.rawJSON(context.source) : value;
 }
 
 /** One request; the JSON of its answer. */
@@ -77,7 +85,7 @@ export async function json(path, options) {
   const response = await send(path, options);
   const text = await response.text();
   try {
-    return text ? JSON.parse(text) : null;
+    return text ? JSON.parse(text, exact) : null;
   } catch {
     throw new ServerError("The server answered something that is no JSON.", { status: response.status });
   }
@@ -125,7 +133,7 @@ export async function ask(request, { signal, onText }) {
   try {
     for await (const { event, data } of serverEvents(response)) {
       if (data === "[DONE]") return found;
-      const chunk = JSON.parse(data);
+      const chunk = JSON.parse(data, exact);
       if (event === "error" || chunk.error) {
         const error = chunk.error ?? chunk;
         throw new ServerError(error.message ?? "The answer broke off.", { code: error.code ?? null });

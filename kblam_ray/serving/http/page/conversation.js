@@ -1,7 +1,7 @@
 // The conversation: the question box, the turns so far, and which of them the model is told again.
 
 import { ask, ServerError } from "./api.js";
-import { chosen, parseModel } from "./knowledge.js";
+import { changes, chosen, parseModel } from "./knowledge.js";
 import { byId, say } from "./parts.js";
 import { Turn } from "./turn.js";
 
@@ -124,6 +124,7 @@ export function updateTurns() {
 export function startConversation(onAdd) {
   addFact = onAdd;
   const question = byId("question");
+  const submit = () => byId("composer").requestSubmit();
   const grow = () => {
     question.style.height = "auto";
     question.style.height = `${question.scrollHeight + 2}px`;
@@ -132,13 +133,15 @@ export function startConversation(onAdd) {
   question.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    byId("composer").requestSubmit();
+    submit();
   });
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = question.value.trim();
     if (!text) return question.focus();
-    if (running || settings() === null || chosen.model === null) return;
+    // Asked before the server has said which models there are: as soon as it has.
+    if (chosen.model === null) return changes.addEventListener("chosen", submit, { once: true });
+    if (running || settings() === null) return;
     question.value = "";
     grow();
     askQuestion(text);

@@ -1,7 +1,7 @@
 // Small things that the other modules build the page from. Text of the server enters the document as text only.
 
 const LONG_TEXT = 400;
-const WIDE_TEXT = 48;
+const WIDE_TEXT = 24;
 
 export const byId = (id) => document.getElementById(id);
 
