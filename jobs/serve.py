@@ -10,6 +10,7 @@ the small model and adapter answer that come with the package. The summary has `
 `knowledge_bases`.
 """
 
+import importlib.util
 from typing import Any
 
 from kblam_ray.demo.application import with_demo_model
@@ -20,17 +21,12 @@ from kblam_ray.serving.settings import ServeSettings
 
 def serve(settings: ServeSettings) -> dict[str, Any]:
     settings = with_demo_model(settings)
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+    for package in ("ray", "fastapi", "prometheus_client", "torch", "transformers"):
+        # Looked for, not imported: this process answers nothing itself.
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"serving needs the package {package}", help='pip install "kblam-ray[serve]"')
+    from kblam_ray.serving.job import serve
 
-        from kblam_ray.serving.job import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "kblam_ray").partition(".")[0] == "kblam_ray":
-            raise
-        raise MissingDependencyError(
-            f"serving needs the package {error.name}", help='pip install "kblam-ray[serve]"'
-        ) from None
     return serve(settings)
 
 
