@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.prompt_trace import Evidence
 from kblam_ray.evaluation.answers import generate_answers
@@ -16,6 +18,7 @@ from kblam_ray.evaluation.questions import Asked
 from kblam_ray.evaluation.reading import ReadAnswer, verbatim_answers
 from kblam_ray.evaluation.retrieval import evidence_of
 from kblam_ray.evaluation.task import Task
+from kblam_ray.model.asking import parse_selection
 from kblam_ray.model.prior import QuestionPrior
 from kblam_ray.model.refusal import features, is_refusal, statistic
 
@@ -28,16 +31,22 @@ def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outc
     """
     settings, model = task.settings, task.model
     groundings = [] if settings.retrieval_only else list(dict.fromkeys(settings.grounding))
-    prior = None if task.encoder is None else QuestionPrior.of(model.adapter.config, task.encoder)
+    num_facts = parse_selection(settings.selection)
+    prior = None
+    if task.encoder is not None and (has_prior or num_facts is not None):
+        prior = QuestionPrior.of(model.adapter.config, task.encoder)
     found: dict[System, dict[int, Outcome]] = {}
     named = f"attention {'with prior' if has_prior else 'alone'}"
     for numbers in task.batches(named):
         questions = [task.questions[number] for number in numbers]
         prompts = [task.prompts[number] for number in numbers]
-        memories = [_request(task.memory, question, prior if has_prior else None) for question in questions]
-        evidence = evidence_of(model.attachment, prompts, memories)
+        memories = [
+            task.memory if prior is None else prior.apply(task.memory, question.messages, num_facts)
+            for question in questions
+        ]
+        evidence = _evidence(task, prompts, memories)
         statistics = _statistics(task, questions, memories, evidence)
-        outcomes = {System("attention", has_prior): _retrieved(task, questions, evidence, statistics)}
+        outcomes = {System("attention", has_prior): _retrieved(task, questions, memories, evidence, statistics)}
         if "off" in groundings:
             texts = generate_answers(model, prompts, memories, settings.max_new_tokens)
             outcomes[System("attention", has_prior, "off")] = _answered(task, questions, texts, statistics)
@@ -52,8 +61,12 @@ def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outc
     return {system: [by_number[number] for number in sorted(by_number)] for system, by_number in found.items()}
 
 
-def _request(memory: KnowledgeMemory, question: Asked, prior: QuestionPrior | None) -> KnowledgeMemory:
-    return memory if prior is None else prior.apply(memory, question.messages)
+def _evidence(task: Task, prompts: Sequence[Sequence[int]], memories: Sequence[KnowledgeMemory]) -> list[Evidence]:
+    """In one pass where all attend to the same facts; selections differ from question to question."""
+    if not memories[0].is_selection:
+        return evidence_of(task.model.attachment, prompts, memories)
+    pairs = zip(prompts, memories, strict=True)
+    return [evidence_of(task.model.attachment, [prompt], [memory])[0] for prompt, memory in pairs]
 
 
 def _statistics(
@@ -67,17 +80,31 @@ def _statistics(
 
 
 def _retrieved(
-    task: Task, questions: Sequence[Asked], evidence: Sequence[Evidence], statistics: Sequence[float]
+    task: Task,
+    questions: Sequence[Asked],
+    memories: Sequence[KnowledgeMemory],
+    evidence: Sequence[Evidence],
+    statistics: Sequence[float],
 ) -> list[Outcome]:
     threshold = task.model.adapter.config.refusal_threshold
     return [
         Outcome(
-            ranks=tuple(retrieval_ranks(one.scores_M.cpu().numpy(), question.wanted)) or None,
+            ranks=tuple(retrieval_ranks(_scores(task, memory, one), question.wanted)) or None,
             statistic=sure,
             refused=None if threshold is None else sure < threshold,
         )
-        for question, one, sure in zip(questions, evidence, statistics, strict=True)
+        for question, memory, one, sure in zip(questions, memories, evidence, statistics, strict=True)
     ]
+
+
+def _scores(task: Task, memory: KnowledgeMemory, found: Evidence) -> np.ndarray:
+    """Retrieval scores of all facts, float32 [M]; a fact that was not selected stands behind all others."""
+    scores = found.scores_M.cpu().numpy()
+    if not memory.is_selection:
+        return scores
+    scores_M = np.full(len(task.facts), -np.inf, np.float32)
+    scores_M[task.rows(memory.fact_ids.tolist())] = scores
+    return scores_M
 
 
 def _answered(
@@ -102,7 +129,11 @@ def _cited(task: Task, questions: Sequence[Asked], statistics: Sequence[float]) 
     found = []
     for question, sure in zip(questions, statistics, strict=True):
         answer = task.model.ask(
-            list(question.messages), task.memory, grounding="cite", max_new_tokens=task.settings.max_new_tokens
+            list(question.messages),
+            task.memory,
+            grounding="cite",
+            selection=task.settings.selection,
+            max_new_tokens=task.settings.max_new_tokens,
         )
         cited = task.rows(citation.fact_id for citation in answer.citations)
         found.append(judged(question, task.values, answer.text, refused=answer.refused, statistic=sure, cited=cited))

@@ -76,7 +76,13 @@ def _answered(model: KnowledgeModel, kb: KnowledgeBase, settings: EvaluateSettin
     has_prior = priors_of(model.adapter.config, settings.prior)[-1]
     memory = model.load(kb, form=settings.form)
     with prior_set(model.adapter, has_prior):
-        answer = model.ask(settings.question or "", memory, grounding=grounding, max_new_tokens=settings.max_new_tokens)
+        answer = model.ask(
+            settings.question or "",
+            memory,
+            grounding=grounding,
+            selection=settings.selection,
+            max_new_tokens=settings.max_new_tokens,
+        )
     return answer.to_json()
 
 

@@ -101,7 +101,7 @@ def evaluate(
 ) -> Evaluation:
     """Ask a model questions about facts and say how it did.
 
-    The model is left as it was; training may call this between two steps. Without a prior to evaluate, and without
+    The model is left as it was; training may call this between two steps. Without a prior to evaluate, a selection and
     baselines, no encoder is loaded.
 
     Args:
@@ -131,7 +131,8 @@ def evaluate(
     priors = priors_of(adapter.config, settings.prior)
     if settings.prior is None and True not in priors:
         notes.append("the adapter has no question prior: attention alone")
-    encoder = RememberingEncoder(model.prior.encoder) if True in priors or settings.baseline else None
+    needs_encoder = True in priors or settings.baseline or settings.selection != "all"
+    encoder = RememberingEncoder(model.prior.encoder) if needs_encoder else None
     if adapter.config.refusal_threshold is None:
         notes.append("the adapter has no refusal threshold: a question counts as refused by the answer's text alone")
     sizes = []

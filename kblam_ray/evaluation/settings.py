@@ -32,6 +32,9 @@ class EvaluationSettings(JobConfig):
     )
     held_out_seed: int = Field(0, ge=0, description="of the split into entities trained on and held out")
     prior: bool | None = Field(None, description="with the question prior only, or attention alone (default: both)")
+    selection: str = Field(
+        "all", pattern=r"^(all|similar:[1-9][0-9]*)$", description="attend to all facts, or to the K nearest: similar:K"
+    )
     grounding: list[GroundingName] = Field(["off", "verbatim"], description="how answers are grounded")
     baseline: list[BaselineName] = Field(
         ["cosine", "dense"],

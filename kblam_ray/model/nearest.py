@@ -2,8 +2,7 @@
 
 Only candidates come out of an index: more than asked for, to be compared exactly afterwards. So it may be coarse: four
 bits for two numbers of a key (product quantization scanned in registers: F. André et al., arXiv 1812.09162), in lists
-by nearest centre, half of which are looked through. Of the facts that an exact search finds, 98 % are among the
-candidates, at a twentieth of its time.
+by nearest centre, of which the nearest are looked through.
 
 An index belongs to an immutable chunk and dies with it. A chunk that changes left behind, or that several became, has
 none until `index_memory` is called again: it is searched exactly. Shape legend: M facts, P encoder dim, D P padded.
@@ -33,8 +32,9 @@ if TYPE_CHECKING:
 LEAST_ROWS = 1_000
 """Smaller chunks never have an index: there is too little to train it on, and an exact search takes microseconds."""
 
-PROBED = 0.5
-"""Share of the lists that is looked through."""
+PROBED_ROWS = 500_000
+PROBED_SHARE = 0.25
+"""How much of a chunk is looked through: about so many rows at least, and this share of the lists."""
 
 CANDIDATES_PER_FACT = 3
 EXTRA_CANDIDATES = 50
@@ -71,7 +71,7 @@ class ChunkIndex:
         num_codes = math.ceil(dim / code_dim)
         self._dim = num_codes * code_dim
         num_lists = max(1, min(round(math.sqrt(num_rows) / 2), num_rows // _POINTS_PER_LIST))
-        self._num_probed = math.ceil(PROBED * num_lists)
+        self._num_probed = math.ceil(min(1.0, max(PROBED_SHARE, PROBED_ROWS / num_rows)) * num_lists)
         quantizer = faiss.IndexFlatIP(self._dim)
         index = faiss.IndexIVFPQFastScan(quantizer, self._dim, num_lists, num_codes, 4, faiss.METRIC_INNER_PRODUCT)
         index.cp.spherical = True
@@ -181,7 +181,7 @@ def near_rows(view: ChunkView, question_P: torch.Tensor, num_facts: int) -> np.n
             if seen is not None:
                 _SEEN[view] = seen
     rows = index.nearest(question_P.cpu().numpy(), num_candidates, seen)
-    # Lists that hold hidden facts alone may leave too few.
+    # Lists whose facts are hidden may leave too few.
     return np.sort(rows) if len(rows) >= num_facts else None
 
 

@@ -63,6 +63,28 @@ def test_a_batch_finds_what_asking_one_by_one_finds(model, evaluation):
             assert retrieved.ranks is None
 
 
+def test_a_selection_is_asked_as_ask_does(model):
+    ways = {"grounding": ["off", "cite", "verbatim"], "baseline": [], "kinds": ["two_entity", "unanswerable"]}
+    asked = settings(num_facts=[40], selection="similar:1", prior=True, **ways)
+    (size,) = evaluate(model, FACTS, asked).sizes
+    memory = memory_of(model.adapter, size.facts, dtype=None)
+    left_out = 0
+    for number, question in enumerate(size.questions):
+        messages = list(question.messages)
+        for grounding in asked.grounding:
+            answer = model.ask(messages, memory, grounding=grounding, selection="similar:1", max_new_tokens=4)
+            outcome = size.outcomes[System("attention", True, grounding)][number]
+            assert (outcome.text, outcome.refused) == (answer.text, answer.refused)
+        ranks = size.outcomes[WITH][number].ranks or ()
+        chosen = model.prior.similar(memory, messages, 1)
+        for rank, row in zip(ranks, question.wanted, strict=True):
+            assert (rank <= 1) is (size.facts.fact_ids_M[row] in chosen)
+            left_out += rank == 40
+    assert left_out
+    with pytest.raises(ValueError, match="selection"):
+        settings(selection="similar:0")
+
+
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_verbatim_answers_in_batches_are_those_of_ask(model, monkeypatch, threshold):
     monkeypatch.setattr(model.adapter, "_config", model.adapter.config.changed(refusal_threshold=threshold))
