@@ -39,6 +39,8 @@ from kblam_ray.serving.wanted import KbDescription, KbSpec, Overview, Wanted
 
 MODEL = "tiny"
 KB = "capitals"
+CHAT = "/v1/chat/completions"
+FACTS_PATH = f"/v1/knowledge_bases/{KB}/facts"
 URI = "/tables/capitals"
 OTHER_URI = "s3://tables/rivers"
 ASKING_KEY, ADMIN_KEY = "sk-asking-1", "sk-admin-1"
@@ -307,10 +309,79 @@ class Client:
             options["json"] = body
         return self._runner.run(self._inner.request(method, path, **options))
 
-    def ask(self, question: str = "What is the capital of Kenya?", **fields: Any) -> httpx.Response:
+    def ask(self, text: str = "What is the capital of Kenya?", **fields: Any) -> httpx.Response:
         """A chat request."""
-        body = {"model": f"{MODEL}:{KB}", "messages": [{"role": "user", "content": question}], **fields}
-        return self("POST", "/v1/chat/completions", body)
+        return self("POST", CHAT, question(text, **fields))
+
+
+class Exchange:
+    """One request spoken to an application by hand: its body as it comes, its answer as it goes, and hanging up."""
+
+    def __init__(self, app: Any, method: str, path: str, body: Any = None, **headers: str) -> None:
+        self.sent: list[Any] = []
+        self.num_received = 0
+        self._incoming: asyncio.Queue[Any] = asyncio.Queue()
+        self._changed = asyncio.Event()
+        given = {"host": "127.0.0.1", "content-type": "application/json", **headers}
+        self.scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "server": ("127.0.0.1", 80),
+            "client": ("127.0.0.1", 5000),
+            "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in given.items()],
+        }
+        if body is not None:
+            self.scope["headers"].append((b"transfer-encoding", b"chunked"))
+            self.feed(json.dumps(body).encode(), more=False)
+        self.task = asyncio.ensure_future(app(self.scope, self._receive, self._send))
+
+    def feed(self, data: bytes, *, more: bool = True) -> None:
+        """Send a part of the body."""
+        self._incoming.put_nowait({"type": "http.request", "body": data, "more_body": more})
+
+    def hang_up(self) -> None:
+        """Close the connection."""
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+    async def until(self, condition: Any) -> None:
+        """Return when something holds of what was sent."""
+        async with asyncio.timeout(20):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent[1:]).decode()
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.sent) > 1 and not self.sent[-1].get("more_body", False)
+
+    async def _receive(self) -> Any:
+        message = await self._incoming.get()
+        self.num_received += 1
+        return message
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+        self._changed.set()
+
+
+def question(text: str = "What is the capital of Kenya?", **fields: Any) -> Row:
+    """The body of a chat request."""
+    return {"model": f"{MODEL}:{KB}", "messages": [{"role": "user", "content": text}], **fields}
 
 
 @contextmanager

@@ -34,9 +34,23 @@ from kblam_ray.serving.messages import Event, Finished, Piece, Question, Samplin
 
 router = asking_router("chat")
 
+_CHUNK = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("ChatCompletionChunk", "ErrorBody")]}
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["message", "error"]},
+        "data": {
+            "anyOf": [
+                {"const": "[DONE]"},
+                {"type": "string", "contentMediaType": "application/json", "contentSchema": _CHUNK},
+            ]
+        },
+    },
+    "required": ["data"],
+}
 _STREAMED = {
-    "description": "An answer, or with `stream` the events of one: each a chat.completion.chunk, then `[DONE]`.",
-    "content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}},
+    "description": "An answer; with `stream` its events: chunks, then `[DONE]`, or one named `error` that ends them.",
+    "content": {sse.MEDIA_TYPE: {"schema": _EVENT}},
 }
 
 

@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 
 import kblam_ray
 from kblam_ray.serving.http.routes import AskingRoute, WritingRoute
+from kblam_ray.serving.http.schema.chat_answer import ChatCompletionChunk
 from kblam_ray.serving.http.services import Services
 
 DESCRIPTION = """\
@@ -35,6 +36,9 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
     schemas["ChatRequest"]["properties"]["n"]["anyOf"][0]["maximum"] = services.limits.max_choices
     for name in ("NewFacts", "FactNames"):
         schemas[name]["properties"]["facts"]["maxItems"] = services.limits.max_facts
+    chunk = ChatCompletionChunk.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    for name, part in {**chunk.pop("$defs"), "ChatCompletionChunk": chunk}.items():
+        schemas.setdefault(name, part)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     if services.keys:

@@ -108,7 +108,7 @@ async def delete_facts(
 
 
 @writing.delete(
-    f"{PATH}/facts/{{fact_id}}",
+    f"{PATH}/facts/{{fact_id:fact_id}}",
     summary="Delete a fact",
     response_model=FactsDeleted,
     responses=errors(400, 401, 403, 404, 409, 422, 503),

@@ -6,6 +6,7 @@ import re
 from typing import Annotated
 
 from fastapi import Path
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from kblam_ray.errors import NotServedError
 from kblam_ray.serving.messages import KbRef
@@ -14,6 +15,15 @@ from kblam_ray.serving.settings import KB_NAME, KB_NAME_PATTERN
 _VERSION = re.compile(r"0|[1-9][0-9]{0,18}")
 
 FACT_ID_PATTERN = r"^(0|-?[1-9][0-9]{0,18})$"
+
+
+class FactIdConvertor(StringConvertor):
+    """Has only numbers taken for ids of facts, so that `facts/delete` is not one of them."""
+
+    regex = "-?[0-9]+"
+
+
+register_url_convertor("fact_id", FactIdConvertor())
 
 KbPath = Annotated[str, Path(pattern=KB_NAME_PATTERN, description="name of a knowledge base")]
 FactIdPath = Annotated[str, Path(pattern=FACT_ID_PATTERN, description="id of a fact, a decimal number")]

@@ -6,12 +6,19 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 MAX_INT64 = 2**63 - 1
 
-Version = Annotated[int, Field(ge=0, le=MAX_INT64)]
+
+def _whole(given: Any) -> Any:
+    """5 for 5.0: JSON has one kind of number, and some clients write all of them with a point."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Version = Annotated[Whole, Field(ge=0, le=MAX_INT64)]
 
 
 class RequestBody(BaseModel):

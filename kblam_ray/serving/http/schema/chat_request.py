@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from kblam_ray.serving.http.schema.base import MAX_INT64, Neutral, RequestBody, Version
+from kblam_ray.serving.http.schema.base import MAX_INT64, Neutral, RequestBody, Version, Whole
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
@@ -54,9 +54,8 @@ Content = Annotated[
 
 _STOP = {"type": "string", "minLength": 1}
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1)]] | None,
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
     BeforeValidator(_listed),
-    Field(max_length=MAX_STOPS),
     WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}),
 ]
 
@@ -107,15 +106,15 @@ class ChatRequest(RequestBody):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="only the likeliest tokens of this probability")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT64, description="longest answer")
-    max_completion_tokens: int | None = Field(
+    max_tokens: Whole | None = Field(None, ge=1, le=MAX_INT64, description="longest answer")
+    max_completion_tokens: Whole | None = Field(
         None, ge=1, le=MAX_INT64, description="another name of max_tokens; the smaller counts"
     )
     stop: Stop = Field(None, description="an answer ends before the first of these texts")
-    seed: int | None = Field(None, ge=-MAX_INT64 - 1, le=MAX_INT64, description="equal seeds give equal answers")
-    n: int | None = Field(None, ge=1, description="answers to give")
+    seed: Whole | None = Field(None, ge=-MAX_INT64 - 1, le=MAX_INT64, description="equal seeds give equal answers")
+    n: Whole | None = Field(None, ge=1, description="answers to give")
     logprobs: bool | None = Field(None, description="log probability of each token")
-    top_logprobs: int | None = Field(
+    top_logprobs: Whole | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives to each token; needs logprobs"
     )
 
@@ -126,7 +125,7 @@ class ChatRequest(RequestBody):
     selection: str | None = Field(
         None, pattern=SELECTION_PATTERN, description="all facts, or the K most similar to the question"
     )
-    max_citations: int | None = Field(None, ge=0, le=MAX_CITATIONS, description="most facts to name; 5 by default")
+    max_citations: Whole | None = Field(None, ge=0, le=MAX_CITATIONS, description="most facts to name; 5 by default")
     min_kb_version: Version | None = Field(None, description="answer from this version or a newer one, else 409")
 
     user: str | None = Field(None, description=_IGNORED)

@@ -35,7 +35,10 @@ class _Text:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"type": "string", "pattern": r"\S", "maxLength": self._max_chars}
+        shown: dict[str, Any] = {"type": "string", "pattern": r"\S"}
+        if self._max_chars <= MAX_NAME_CHARS:  # tools that make texts by pattern and length fail at a million
+            return {**shown, "maxLength": self._max_chars}
+        return {**shown, "description": f"at most {self._max_chars:,} characters"}
 
 
 def _metadata(given: Any) -> str | None:
