@@ -11,12 +11,12 @@ let addFact = () => {};
 
 /** What the reader has set below the question box; null where that is no number it can be. */
 function settings() {
+  if (chosen.name === null) return { grounding: "off" };
   if (!byId("composer").checkValidity()) {
     byId("advanced").open = true;
     byId("composer").reportValidity();
     return null;
   }
-  if (chosen.name === null) return { grounding: "off" };
   const asked = { grounding: byId("grounding").value };
   const selection = byId("selection").value;
   if (selection) asked.selection = selection === "similar" ? `similar:${byId("similar").valueAsNumber}` : selection;
@@ -24,10 +24,9 @@ function settings() {
   return asked;
 }
 
-/** What was said before `end`, as chat messages: finished answers of this model that no later one replaces. */
-function history(end = turns.length) {
+/** What was said so far, as chat messages: finished answers of this model that no later one replaces. */
+function history() {
   return turns
-    .slice(0, end)
     .filter((turn) => turn.state === "done" && !turn.isReplaced && turn.model === chosen.model)
     .flatMap((turn) => [
       { role: "user", content: turn.question },
@@ -35,15 +34,19 @@ function history(end = turns.length) {
     ]);
 }
 
-/** Ask, as a new turn at the end; `old` is the turn whose question it is, if it was asked before. */
-export async function askQuestion(question, { old = null } = {}) {
+/**
+ * Ask, as a new turn at the end. `old` is the turn whose question it is, if it was asked before; a question that is
+ * `alone` follows on nothing.
+ */
+export async function askQuestion(question, { old = null, alone = false } = {}) {
   if (running) return say("An answer is still on its way.");
   const asked = settings();
   if (!question || chosen.model === null || asked === null) return;
-  const messages = [...history(old ? turns.indexOf(old) : undefined), { role: "user", content: question }];
+  const earlier = alone ? [] : (old?.messages.slice(0, -1) ?? history());
+  const messages = [...earlier, { role: "user", content: question }];
   const turn = new Turn(
     { question, model: chosen.model, messages, settings: asked },
-    { onAsk: askAgain, onQuestion: askQuestion, onAdd: addFact },
+    { onAsk: askAgain, onQuestion: (text) => askQuestion(text, { alone: true }), onAdd: addFact },
   );
   turns.push(turn);
   byId("turns").append(turn.element);

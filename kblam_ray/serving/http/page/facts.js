@@ -60,7 +60,7 @@ function row(fact) {
   };
   part(made, "ask").addEventListener("click", () => {
     showAsk();
-    askQuestion(questionAbout(fact));
+    askQuestion(questionAbout(fact), { alone: true });
   });
   part(made, "edit").addEventListener("click", ({ currentTarget }) => {
     tools.hidden = true;
