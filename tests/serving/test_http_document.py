@@ -8,13 +8,19 @@ from http_samples import ADMIN_KEY, KB, KEYS, MODEL, OTHER_URI, URI, make_app, m
 from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 
-# Well-formed requests that cannot be answered all the same: version 0 of a knowledge base asked for 1, no such fact.
 ACCEPTED = ["2xx", "404", "409"]
+"""Of well-formed requests; some cannot be answered all the same: from a version not reached yet, of no such fact."""
+
+REJECTED = ["400", "404", "405", "413", "422"]
+"""Of ill-formed ones."""
 
 CONFIG = {
     "headers": {"Authorization": f"Bearer {ADMIN_KEY}"},
     "generation": {"deterministic": True},
-    "checks": {"positive_data_acceptance": {"expected-statuses": ACCEPTED}},
+    "checks": {
+        "positive_data_acceptance": {"expected-statuses": ACCEPTED},
+        "negative_data_rejection": {"expected-statuses": REJECTED},
+    },
 }
 
 backend = memory_backend()

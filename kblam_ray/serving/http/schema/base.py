@@ -17,8 +17,11 @@ def _whole(given: Any) -> Any:
     return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Version = Annotated[Whole, Field(ge=0, le=MAX_INT64)]
+Whole = BeforeValidator(_whole)
+Version = Annotated[int, Field(ge=0, le=MAX_INT64), Whole]
+
+NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
+"""A character that `str.strip` leaves: Python's blanks, to whoever goes by those of JavaScript."""
 
 
 class RequestBody(BaseModel):

@@ -59,6 +59,11 @@ Stop = Annotated[
     WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}),
 ]
 
+Count = Annotated[int, Field(ge=1, le=MAX_INT64), Whole]
+Seed = Annotated[int, Field(ge=-MAX_INT64 - 1, le=MAX_INT64), Whole]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
+NumCitations = Annotated[int, Field(ge=0, le=MAX_CITATIONS), Whole]
+
 _IGNORED = "no answer depends on it"
 
 
@@ -106,17 +111,13 @@ class ChatRequest(RequestBody):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="only the likeliest tokens of this probability")
-    max_tokens: Whole | None = Field(None, ge=1, le=MAX_INT64, description="longest answer")
-    max_completion_tokens: Whole | None = Field(
-        None, ge=1, le=MAX_INT64, description="another name of max_tokens; the smaller counts"
-    )
+    max_tokens: Count | None = Field(None, description="longest answer")
+    max_completion_tokens: Count | None = Field(None, description="another name of max_tokens; the smaller counts")
     stop: Stop = Field(None, description="an answer ends before the first of these texts")
-    seed: Whole | None = Field(None, ge=-MAX_INT64 - 1, le=MAX_INT64, description="equal seeds give equal answers")
-    n: Whole | None = Field(None, ge=1, description="answers to give")
+    seed: Seed | None = Field(None, description="equal seeds give equal answers")
+    n: Count | None = Field(None, description="answers to give")
     logprobs: bool | None = Field(None, description="log probability of each token")
-    top_logprobs: Whole | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives to each token; needs logprobs"
-    )
+    top_logprobs: NumLogprobs | None = Field(None, description="alternatives to each token; needs logprobs")
 
     grounding: Grounding | None = Field(
         None,
@@ -125,7 +126,7 @@ class ChatRequest(RequestBody):
     selection: str | None = Field(
         None, pattern=SELECTION_PATTERN, description="all facts, or the K most similar to the question"
     )
-    max_citations: Whole | None = Field(None, ge=0, le=MAX_CITATIONS, description="most facts to name; 5 by default")
+    max_citations: NumCitations | None = Field(None, description="most facts to name; 5 by default")
     min_kb_version: Version | None = Field(None, description="answer from this version or a newer one, else 409")
 
     user: str | None = Field(None, description=_IGNORED)

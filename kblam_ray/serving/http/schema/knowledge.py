@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from kblam_ray.facts import MAX_NAME_CHARS, MAX_VALUE_CHARS, Fact, NotAFactError, validate_fact
 from kblam_ray.facts.rows import canonical_metadata
-from kblam_ray.serving.http.schema.base import RequestBody, ResponseBody, Version
+from kblam_ray.serving.http.schema.base import NOT_BLANK, RequestBody, ResponseBody, Version
 from kblam_ray.serving.wanted import Status
 
 
@@ -35,7 +35,7 @@ class _Text:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        shown: dict[str, Any] = {"type": "string", "pattern": r"\S"}
+        shown: dict[str, Any] = {"type": "string", "pattern": NOT_BLANK}
         if self._max_chars <= MAX_NAME_CHARS:  # tools that make texts by pattern and length fail at a million
             return {**shown, "maxLength": self._max_chars}
         return {**shown, "description": f"at most {self._max_chars:,} characters"}
@@ -91,7 +91,7 @@ class FactNames(RequestBody):
 class TableChoice(RequestBody):
     """The table behind a knowledge base."""
 
-    uri: str = Field(max_length=4_096, pattern=r"\S", description="local path or s3:// URI of a table")
+    uri: str = Field(max_length=4_096, pattern=NOT_BLANK, description="local path or s3:// URI of a table")
     version: Version | None = Field(None, description="stay at this version; null follows the newest")
 
     @field_validator("uri")
