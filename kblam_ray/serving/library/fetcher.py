@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
-from kblam_ray.errors import StorageError
+from kblam_ray.errors import StorageError, UnavailableError
 from kblam_ray.model import KnowledgeModel
 from kblam_ray.model.mentions import named_facts
 from kblam_ray.serving.library.load_queue import LOADS_AT_A_TIME
@@ -43,6 +43,7 @@ class Fetcher:
 
     def __init__(self, model: KnowledgeModel, form: str) -> None:
         self._model, self._form = model, form
+        self._is_closed = False
         self._looks = ThreadPoolExecutor(LOOKS_AT_A_TIME, thread_name_prefix="kb-look")
         self._fetches = ThreadPoolExecutor(FETCHES_AT_A_TIME, thread_name_prefix="kb-fetch")
         self._loads = ThreadPoolExecutor(LOADS_AT_A_TIME, thread_name_prefix="kb-load")
@@ -98,11 +99,13 @@ class Fetcher:
 
     def close(self) -> None:
         """Begin nothing more. What runs ends by itself, and nobody gets its result."""
+        self._is_closed = True
         for threads in (self._looks, self._fetches, self._loads):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    @staticmethod
-    async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        if self._is_closed:
+            raise UnavailableError("this process is stopping", help="ask again")
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 

@@ -143,5 +143,7 @@ class Keeper:
 
 async def until(event: asyncio.Event, timeout_s: float | None) -> None:
     """Wait until the event is set or the time is over."""
+    # Unlike `asyncio.wait_for` of this Python, it never loses a cancellation that comes together with the event.
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await event.wait()

@@ -72,10 +72,10 @@ class Library:
     async def close(self) -> None:
         """Follow nothing any more. A table that is being read is read to its end, by a thread that nobody waits for."""
         self._is_closed = True
-        self._fetcher.close()
         tasks = [served.task for served in self._served.values() if served.task is not None]
         for name in list(self._served):
             self._drop(name)
+        self._fetcher.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._indexer.close()
 
