@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchem
 from pydantic_core import PydanticCustomError, core_schema
 
 MAX_INT64 = 2**63 - 1
+MAX_EXACT = 2**53 - 1
+"""The largest whole number that every JSON reader keeps exactly."""
 
 
 def _whole(given: Any) -> Any:
@@ -18,7 +20,7 @@ def _whole(given: Any) -> Any:
 
 
 Whole = BeforeValidator(_whole)
-Version = Annotated[int, Field(ge=0, le=MAX_INT64), Whole]
+Version = Annotated[int, Field(ge=0, le=MAX_EXACT), Whole]
 
 NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
 """A character that `str.strip` leaves: Python's blanks, to whoever goes by those of JavaScript."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from kblam_ray.serving.http.schema.base import MAX_INT64, Neutral, RequestBody, Version, Whole
+from kblam_ray.serving.http.schema.base import MAX_EXACT, MAX_INT64, Neutral, RequestBody, Version, Whole
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
@@ -59,7 +59,7 @@ Stop = Annotated[
     WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}),
 ]
 
-Count = Annotated[int, Field(ge=1, le=MAX_INT64), Whole]
+Count = Annotated[int, Field(ge=1, le=MAX_EXACT), Whole]
 Seed = Annotated[int, Field(ge=-MAX_INT64 - 1, le=MAX_INT64), Whole]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
 NumCitations = Annotated[int, Field(ge=0, le=MAX_CITATIONS), Whole]
