@@ -450,7 +450,7 @@ async def test_many_wait_for_many_versions():
     processes = [Process(registry, str(number), capitals=kb_report(0)) for number in range(4)]
     for process in processes:
         await process.follow()
-    waiters = [waiting(registry, 1 + number % 10, 2) for number in range(500)]
+    waiters = [waiting(registry, 1 + number % 10, 2) for number in range(150)]
     hopeless = waiting(registry, 11, 2)
     for version in range(1, 11):
         for process in processes:
