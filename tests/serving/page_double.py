@@ -45,7 +45,7 @@ class Double:
     Attributes:
         is_multi_valued: the identity rule of the table is all three fields.
         description: what differs in the description of the knowledge bases.
-        failures: raised by the next questions and look-ups, one each.
+        failures: raised by the next questions, one each.
         breaks_off: an answer fails after its first piece.
         may_stream: while cleared, answers wait after their first piece.
         is_served: False: a write that waits runs out of time.
@@ -75,10 +75,6 @@ class Double:
         before, self.facts[id] = self.facts.get(id), {"fact_id": str(id), **row}
         return "added" if before is None else "unchanged" if before == self.facts[id] else "changed"
 
-    def _fail(self) -> None:
-        if self.failures:
-            raise self.failures.pop(0)
-
     def _describe(self, name: str) -> KbDescription:
         known = KbDescription(
             name, f"/tables/{name}", self.version, self.version, False, len(self.facts), "MiniLM", "ready", 0.0
@@ -86,7 +82,8 @@ class Double:
         return replace(known, **self.description)
 
     async def stream(self, question: Question) -> AsyncIterator[Event]:
-        self._fail()
+        if self.failures:
+            raise self.failures.pop(0)
         self.asked.append(question)
         version = self.version if question.kb else None
         text, cited = self._answer(question)
@@ -123,8 +120,6 @@ class Double:
         raise NotImplementedError("the page streams")
 
     async def find_facts(self, kb: KbRef, which: FactFilter) -> FactsPage:
-        self._fail()
-
         def is_found(id: int, row: dict[str, Any]) -> bool:
             text = " ".join((row["entity"], row["property"], row["value"])).casefold()
             is_named = which.entity in (None, row["entity"]) and which.property in (None, row["property"])

@@ -3,13 +3,14 @@
 import { ServerError } from "./api.js";
 import { askQuestion, startConversation, updateTurns } from "./conversation.js";
 import { addFact, chosenChanged, describedChanged, startFacts } from "./facts.js";
-import { startKey } from "./key.js";
+import { KEY_NEEDED, startKey } from "./key.js";
 import { changes, choose, chosen, describe, findFacts, listModels, parseModel, servedVersion, unpin } from "./knowledge.js";
 import { button, byId, count, element, plural, questionAbout, seconds, tell } from "./parts.js";
 
 const NUM_EXAMPLES = 3;
 let isExampled = false;
 let linkTrouble = null;
+let isLinkAsked = false;
 
 /** Which of the two panes a narrow screen shows. */
 function show(view) {
@@ -21,7 +22,8 @@ function show(view) {
 /** Fill the chooser; `wanted` is chosen if there is such a model, and the first knowledge base else. */
 async function fillChooser(wanted, { quiet = false } = {}) {
   const models = await listModels({ quiet });
-  if (wanted && !models.includes(wanted) && parseModel(wanted).asked !== null) models.push(wanted);
+  // A version is not listed; what is chosen stays chosen, and its notice says if it is gone.
+  if (wanted && !models.includes(wanted) && (quiet || parseModel(wanted).asked !== null)) models.push(wanted);
   const select = byId("model");
   const options = models.map((model) => {
     const { base, name, asked } = parseModel(model);
@@ -36,6 +38,7 @@ async function fillChooser(wanted, { quiet = false } = {}) {
   const isThere = wanted && models.includes(wanted);
   select.value = isThere ? wanted : (options[0]?.value ?? "");
   if (select.value && select.value !== chosen.model) choose(select.value);
+  else describe();
   return isThere || !wanted;
 }
 
@@ -49,10 +52,12 @@ async function start() {
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     byId("notice").className = "notice bad";
-    return tell(byId("notice"), error.message, button(error.status === 401 ? "Enter a key" : "Try again", start));
+    if (error.status === 401) return tell(byId("notice"), KEY_NEEDED, button("Enter a key", start));
+    return tell(byId("notice"), error.message, button("Try again", start));
   }
   const question = link.get("q")?.trim();
-  if (question) askQuestion(question);
+  if (question && !isLinkAsked) askQuestion(question);
+  isLinkAsked = true;
 }
 
 /** Questions that the knowledge base can answer, made of facts that it holds. */
@@ -79,7 +84,7 @@ function noticeOf() {
   const nothing = linkTrouble && [linkTrouble, ""];
   if (name === null) return nothing;
   if (trouble?.status === 404) return [`The knowledge base ${name} is not served any more.`, "bad", ["Choose another", start]];
-  if (trouble?.status === 401) return ["This server answers only those who have a key.", "bad", ["Enter a key", start]];
+  if (trouble?.status === 401) return [KEY_NEEDED, "bad", ["Enter a key", start]];
   if (trouble) {
     const known = description ? " Shown is what was last known." : "";
     return [`${trouble.message}${known}`, "bad", ["Try again", describe]];
@@ -164,8 +169,7 @@ function startStates() {
   for (const event of ["online", "offline"]) addEventListener(event, describe);
   document.addEventListener("visibilitychange", () => {
     if (document.hidden || chosen.model === null) return;
-    describe();
-    fillChooser(chosen.model, { quiet: true }).catch(() => {});
+    fillChooser(chosen.model, { quiet: true }).catch(describe);
   });
 }
 

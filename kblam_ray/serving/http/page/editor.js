@@ -64,8 +64,9 @@ async function save(form, fact, old) {
   const button = part(form, "save");
   form.setAttribute("aria-busy", "true");
   button.setAttribute("aria-disabled", "true");
-  tell(part(form, "progress"), "Embedding and committing, then waiting until every replica serves it…");
-  say("Saving.");
+  const doing = "Embedding and committing, then waiting until every replica serves it…";
+  tell(part(form, "progress"), doing);
+  say(doing);
   try {
     return await saveFact(fact, old);
   } catch (error) {
@@ -80,9 +81,7 @@ async function save(form, fact, old) {
 
 /** What to tell of a write that stands. */
 export function toldOf({ version, isServed }, done = "Saved") {
-  const told = isServed
+  return isServed
     ? `${done}. Version ${version} is served.`
     : `${done} as version ${version}; not every replica serves it yet.`;
-  say(told);
-  return told;
 }

@@ -20,7 +20,7 @@ let showAsk = () => {};
 async function list({ goOn = false, limit = PAGE, quiet = false } = {}) {
   looking?.abort();
   const mine = (looking = new AbortController());
-  const text = byId("search").value.trim();
+  const text = goOn ? listed.text : byId("search").value.trim();
   let page;
   try {
     page = await findFacts({ text, limit, after: goOn ? listed.next : null, signal: mine.signal, quiet });

@@ -3,6 +3,8 @@
 import { key, onKeyNeeded } from "./api.js";
 import { byId } from "./parts.js";
 
+export const KEY_NEEDED = "This server answers only those who have a key.";
+
 let asking = null;
 
 /** Ask for a key; resolves to whether there is one to try. Whoever asks meanwhile waits for the same answer. */
@@ -34,7 +36,7 @@ function askForKey(reason) {
 
 function reasonOf(error) {
   if (error.status === 403) return "The key may ask, but not change anything. This needs an admin key.";
-  return key.get() ? "The server does not know this key." : "This server answers only those who have a key.";
+  return key.get() ? "The server does not know this key." : KEY_NEEDED;
 }
 
 /** `onChange` is called after the reader gave another key or forgot it. */

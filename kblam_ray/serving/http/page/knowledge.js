@@ -80,7 +80,9 @@ export function findFacts({ text = "", limit = 20, after = null, signal = null, 
   return json(`${place()}/facts?${query}`, { signal, quiet });
 }
 
-/** A write that every replica shall serve: `{version, isServed, added}`; time running out is no failure of the write. */
+/**
+ * A write that every replica shall serve: `{version, isServed, added}`; time running out is no failure of the write.
+ */
 async function write(path, method, body) {
   let outcome;
   try {
@@ -95,22 +97,26 @@ async function write(path, method, body) {
   return outcome;
 }
 
-/** Add a fact, or give `old` another value. */
+/** Add a fact, or give `old` another value; `factId` is of the fact that stands then, where it can be told. */
 export async function saveFact(fact, old = null) {
   const { entity, property, value, metadata } = fact;
   const row = metadata === null || metadata === undefined ? { entity, property, value } : fact;
   const saved = await write("", "POST", { facts: [row] });
-  if (old === null || saved.added === 0 || old.value === value) return saved;
+  if (old === null || saved.added === 0 || old.value === value) return { ...saved, factId: old?.fact_id ?? null };
   // A table that holds many values side by side has kept the old one: there, changing is adding and deleting.
-  return (await isKept(old)) ? deleteFact(old.fact_id) : saved;
+  const beside = await factsOf(entity, property);
+  const factId = beside.find((other) => other.value === value)?.fact_id ?? null;
+  const isKept = beside.some((other) => other.fact_id === old.fact_id && other.value === old.value);
+  return { ...(isKept ? await deleteFact(old.fact_id) : saved), factId };
 }
 
-async function isKept(fact) {
-  const query = new URLSearchParams({ entity: fact.entity, property: fact.property, limit: 100 });
+async function factsOf(entity, property) {
+  const query = new URLSearchParams({ entity, property, limit: 1000 });
+  const found = [];
   for (;;) {
     const { data, next } = await json(`${place()}/facts?${query}`);
-    const found = data.find((other) => other.fact_id === fact.fact_id);
-    if (found || next === null) return found?.value === fact.value;
+    found.push(...data);
+    if (next === null) return found;
     query.set("after", next);
   }
 }

@@ -55,8 +55,7 @@ export class Turn {
     result.citations.forEach((fact, index) => this.part("cards").append(this.card(fact, index + 1)));
     this.part("cited").hidden = result.citations.length === 0;
     if (result.refused && this.canEdit()) {
-      const add = button("Add one", () => this.onAdd(askedFor(this.question)), "");
-      this.tellChange("No fact answers this.", add);
+      this.tellChange("No fact answers this.", button("Add one", () => this.onAdd(askedFor(this.question)), ""));
     }
     this.update();
     const version = result.kb_version === null ? "" : ` Version ${result.kb_version}.`;
@@ -171,7 +170,7 @@ export class Turn {
     part(card, "bar").style.width = `${100 * Math.sqrt(Math.min(1, Math.max(0, fact.score)))}%`;
     part(card, "percent").textContent = percent(fact.score);
     part(card, "delete").remove();
-    const name = `${fact.property} of ${fact.entity}`;
+    const cited = fact.value;
     const question = questionAbout(fact);
     if (fact.entity === null || question === this.question) part(card, "ask").remove();
     else part(card, "ask").addEventListener("click", () => this.onQuestion(question));
@@ -187,10 +186,9 @@ export class Turn {
           edit.focus();
         },
         onSaved: (saved, now) => {
-          const [before, after] = [element("del", { text: fact.value }), element("ins", { text: now.value })];
-          if (now.value !== fact.value) part(card, "value").replaceChildren(before, " ", after);
-          fact = { ...fact, ...now };
-          edit.setAttribute("aria-label", `Edit ${name}`);
+          const [before, after] = [element("del", { text: cited }), element("ins", { text: now.value })];
+          part(card, "value").replaceChildren(...(now.value === cited ? [cited] : [before, " ", after]));
+          fact = { ...fact, ...now, fact_id: saved.factId ?? fact.fact_id };
           const again = button("Ask again", () => this.onAsk(this, {}), "primary");
           this.tellChange(toldOf(saved), again);
           this.part("again").hidden = true;
@@ -204,6 +202,7 @@ export class Turn {
   /** A note below the answer, with what can be done next. */
   tellChange(text, action) {
     tell(this.part("changed"), text, action);
+    say(text);
     this.part("changed").hidden = false;
   }
 }
