@@ -127,9 +127,9 @@ class VerbatimReading:
             return VerbatimAnswer(text, (), False)
         assert self._reading is not None
         shares_M = self._shares_of(text)
-        shares = dict(zip(self._memory.fact_ids.tolist(), shares_M.tolist(), strict=True))
-        facts = [self._reading.facts[place] for place in stated]
-        ranked = sorted(((fact, shares[fact.fact_id]) for fact in facts), key=lambda pair: -pair[1])
+        fact_ids, facts = self._memory.fact_ids, [self._reading.facts[place] for place in stated]
+        shares = [float(shares_M[int((fact_ids == fact.fact_id).argmax())]) for fact in facts]
+        ranked = sorted(zip(facts, shares, strict=True), key=lambda pair: -pair[1])
         return VerbatimAnswer(text, tuple(ranked), False)
 
     def _shares_of(self, text: str) -> torch.Tensor:
