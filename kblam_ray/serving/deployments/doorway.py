@@ -17,12 +17,13 @@ class Doorway:
 
     Attributes:
         num_served: requests answered to their end.
+        num_open: those that are being answered.
     """
 
     def __init__(self, app: ASGIApp, retry_after_s: int) -> None:
         self.num_served = 0
         self._app, self._retry_after_s = app, retry_after_s
-        self._num_open, self._is_closed = 0, False
+        self.num_open, self._is_closed = 0, False
         self._nobody_inside = asyncio.Event()
         self._nobody_inside.set()
 
@@ -35,14 +36,14 @@ class Doorway:
             stopping = UnavailableError("the server stops", where="server", help="ask again in a moment")
             await response_to(stopping, self._retry_after_s)(scope, receive, send)
             return
-        self._num_open += 1
+        self.num_open += 1
         self._nobody_inside.clear()
         try:
             await self._app(scope, receive, _without_second_id(scope, send))
             self.num_served += 1
         finally:
-            self._num_open -= 1
-            if not self._num_open:
+            self.num_open -= 1
+            if not self.num_open:
                 self._nobody_inside.set()
 
     async def drain(self, timeout_s: float) -> int:
@@ -51,7 +52,7 @@ class Doorway:
         try:
             await asyncio.wait_for(self._nobody_inside.wait(), timeout_s)
         except TimeoutError:
-            return self._num_open
+            return self.num_open
         return 0
 
 
