@@ -58,7 +58,7 @@ class Served:
         is_behind = spec.version is None and (spec.at_least or 0) > (self.version or 0)
         has_news = spec.at_least != self.spec.at_least and is_behind
         self.spec = spec
-        if has_news:
+        if has_news and self.status != "unloaded":
             self.fall_behind(now)
         if has_news or pin_moved:
             self.poked.set()
