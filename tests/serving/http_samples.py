@@ -8,8 +8,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -387,16 +387,37 @@ def question(text: str = "What is the capital of Kenya?", **fields: Any) -> Row:
 @contextmanager
 def serving(app: Any) -> Iterator[str]:
     """A real server on a loopback port, in a thread; gives its address."""
+
+    @asynccontextmanager
+    async def made() -> AsyncIterator[Any]:
+        yield app
+
+    with serving_made(made) as address:
+        yield address
+
+
+@contextmanager
+def serving_made(make: Callable[[], AbstractAsyncContextManager[Any]]) -> Iterator[str]:
+    """As `serving`, of an application that is made, and unmade, in the server's own event loop."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        servers: list[uvicorn.Server] = []
+
+        async def serve() -> None:
+            async with make() as app:
+                config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+                servers.append(uvicorn.Server(config))
+                await servers[0].serve(sockets=[listener])
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),))
         thread.start()
         try:
-            wait_until(lambda: server.started)
+            wait_until(lambda: not thread.is_alive() or (servers and servers[0].started), 60)
+            assert thread.is_alive(), "the server did not start"
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = True
+            if servers:
+                servers[0].should_exit = True
             thread.join()
 
 
