@@ -4,7 +4,8 @@ import { ServerError } from "./api.js";
 import { askQuestion, startConversation, updateTurns } from "./conversation.js";
 import { addFact, chosenChanged, describedChanged, startFacts } from "./facts.js";
 import { KEY_NEEDED, startKey } from "./key.js";
-import { changes, choose, chosen, describe, findFacts, listModels, parseModel, servedVersion, unpin } from "./knowledge.js";
+import { changes, choose, chosen, describe, findFacts, listModels } from "./knowledge.js";
+import { parseModel, servedVersion, unpin } from "./knowledge.js";
 import { button, byId, count, element, plural, questionAbout, seconds, tell } from "./parts.js";
 
 const NUM_EXAMPLES = 3;
@@ -83,7 +84,9 @@ function noticeOf() {
   const { name, asked, description, trouble } = chosen;
   const nothing = linkTrouble && [linkTrouble, ""];
   if (name === null) return nothing;
-  if (trouble?.status === 404) return [`The knowledge base ${name} is not served any more.`, "bad", ["Choose another", start]];
+  if (trouble?.status === 404) {
+    return [`The knowledge base ${name} is not served any more.`, "bad", ["Choose another", start]];
+  }
   if (trouble?.status === 401) return [KEY_NEEDED, "bad", ["Enter a key", start]];
   if (trouble) {
     const known = description ? " Shown is what was last known." : "";
@@ -101,7 +104,8 @@ function noticeOf() {
   }
   if (pinned) {
     const newest = latest !== null && latest > version ? ` The newest is ${latest}.` : "";
-    return [`Pinned at version ${version}: its facts cannot be changed.${newest}`, "warn", ["Follow the newest", follow]];
+    const text = `Pinned at version ${version}: its facts cannot be changed.${newest}`;
+    return [text, "warn", ["Follow the newest", follow]];
   }
   return nothing;
 }

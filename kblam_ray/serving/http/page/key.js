@@ -51,7 +51,8 @@ export function startKey(onChange) {
   });
   byId("key").addEventListener("input", ({ target }) => {
     // What is no visible ASCII cannot stand in a header.
-    target.setCustomValidity(/^[\x21-\x7e\s]*$/.test(target.value) ? "" : "A key holds only letters, digits and signs.");
+    const isSendable = /^[\x21-\x7e\s]*$/.test(target.value);
+    target.setCustomValidity(isSendable ? "" : "A key holds only letters, digits and signs.");
   });
   byId("key-forget").addEventListener("click", () => {
     key.set(null);

@@ -166,8 +166,7 @@ export class Turn {
     showFact(card, fact);
     nameTools(card, fact);
     part(card, "share").hidden = false;
-    // By the root: a fact decides an answer with a few percent of the attention, most of which goes to the text.
-    part(card, "bar").style.width = `${100 * Math.sqrt(Math.min(1, Math.max(0, fact.score)))}%`;
+    part(card, "bar").style.width = `${Math.min(100, Math.max(0, 100 * fact.score))}%`;
     part(card, "percent").textContent = percent(fact.score);
     part(card, "delete").remove();
     const cited = fact.value;
