@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
@@ -21,8 +22,10 @@ from kblam_ray.errors import (
     KblamError,
     NotServedError,
     OverloadedError,
+    TableNotFoundError,
     UnavailableError,
 )
+from kblam_ray.serving import job
 from kblam_ray.serving.deployments import application
 from kblam_ray.serving.deployments.admission import Admission
 from kblam_ray.serving.deployments.backend import ServeBackend
@@ -481,6 +484,32 @@ def test_the_demos_model_answers_where_none_is_named():
 def test_settings_that_clash_are_refused(wrong):
     with pytest.raises(InputError):
         application.build(ServeSettings(**wrong))
+
+
+def test_the_job_refuses_what_cannot_be_served_before_it_starts_anything(tmp_path, monkeypatch):
+    def start_ray() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(job, "start_ray", start_ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("KBLAM_API_KEYS", "KBLAM_ADMIN_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(InputError, match="nothing can listen"):
+            job.serve(ServeSettings(**MODEL, port=port))
+    free = {**MODEL, "port": port}
+    with pytest.raises(TableNotFoundError):
+        job.serve(ServeSettings(**free, kb=[str(tmp_path / "kb")]))
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(InputError, match="without keys"):
+            job.serve(ServeSettings(**free, host=host))
+    with pytest.raises(InputError, match="no model is named"):
+        job.serve(ServeSettings(port=port))
+    with pytest.raises(AssertionError, match="Ray was started"):
+        job.serve(ServeSettings(**free))
 
 
 def test_a_failure_crosses_processes_as_it_is():
