@@ -4,6 +4,7 @@ encode:    sentences per second of the local encoder against SentenceTransformer
 embed:     the whole embedding job: facts per second by number of workers, peak memory of every process
 load:      a table's embeddings into memory, against lists of float32 in Parquet and against .npy files
 attention: what facts cost a base model in time and memory, against no facts and against the published computation
+nearest:   finding the facts nearest to a question through an index, against comparing all of them
 training-step: tokens per second of a training step, against the published computation
 serve:     requests per second and time to first token over HTTP, against the engine in one process and one at a time
 refresh:   facts that change under load: errors, contradictions, p99, seconds from commit to served
@@ -21,13 +22,14 @@ BENCHMARKS = {
     "embed": ("kblam_ray.table.pipeline.benchmark", "EmbedBenchmark", "benchmark_embed"),
     "load": ("kblam_ray.table.benchmark", "LoadBenchmark", "benchmark_load"),
     "attention": ("kblam_ray.attention.benchmark", "AttentionBenchmark", "benchmark_attention"),
+    "nearest": ("kblam_ray.model.benchmark", "NearestBenchmark", "benchmark_nearest"),
     "training-step": ("kblam_ray.training.benchmark", "TrainingStepBenchmark", "benchmark_training_step"),
     "serve": ("kblam_ray.serving.benchmark", "ServeBenchmark", "benchmark_load"),
     "refresh": ("kblam_ray.serving.benchmark", "RefreshBenchmark", "benchmark_refresh"),
 }
 """Module, settings and function of each: only the one asked for is imported, so that it needs only its own packages."""
 
-EXTRAS = {"attention": "model", "training-step": "model", "serve": "serve", "refresh": "serve"}
+EXTRAS = {"attention": "model", "nearest": "serve", "training-step": "model", "serve": "serve", "refresh": "serve"}
 """What to install where a package is missing; `local` for the others."""
 
 

@@ -17,9 +17,12 @@ from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.encoders.base import EncodedBatch, Encoder, EncoderSpec
 from kblam_ray.encoders.load import encoder_spec
 from kblam_ray.errors import InputError, MissingDependencyError
+from kblam_ray.facts.synthetic.generator import SyntheticFacts
 from kblam_ray.model import nearest
+from kblam_ray.model.benchmark import NearestBenchmark, benchmark_nearest
 from kblam_ray.model.nearest import index_memory, index_nbytes
 from kblam_ray.model.prior import QuestionPrior
+from kblam_ray.table.knowledge_base import KnowledgeBase
 
 NUM_FACTS, DIM = 4_000, 64
 RNG = np.random.default_rng(0)
@@ -291,3 +294,19 @@ def test_words_are_looked_for_where_there_are_texts_only(adapter):
     assert QuestionPrior(Reader(), beta=10.0).apply(memory, QUESTIONS[0], 3).num_facts == 3
     with pytest.raises(InputError, match="no texts"):
         QuestionPrior(Reader(), beta=10.0, gamma=1.0).apply(memory, QUESTIONS[0], 3)
+
+
+def test_the_benchmark_measures_both_ways(tmp_path):
+    kb = KnowledgeBase.create(str(tmp_path / "kb"), "hashing:64")
+    kb.upsert(SyntheticFacts(0).facts(0, 600))
+    before = torch.get_num_threads()
+    try:
+        found = benchmark_nearest(NearestBenchmark(kb=kb.uri, num_facts=[1_500], selected=[5], num_questions=4))
+    finally:
+        torch.set_num_threads(before)
+    (size,) = found["sizes"]
+    assert size["num_facts"] == 1_500
+    assert size["index_bytes_per_fact"] > 16
+    assert size["selected"][5]["recall"] >= 0.9
+    assert size["selected"][5]["exact_ms"] > 0
+    assert size["selected"][5]["indexed_ms"] > 0
