@@ -134,7 +134,10 @@ class KnowledgeBatching:
         self._requests.clear()
 
     def abort(self) -> None:
-        """Stop without answering what is asked: requests that have not ended fail. Waits for the step at work."""
+        """Stop without answering what is asked: requests in work fail. Waits for the step at work.
+
+        A request that the engine has not looked at yet may hear nothing: whoever waits for it shall `join`, too.
+        """
         manager = self.manager
         if manager.is_running():
             manager.stop(block=True, hard_stop=True)

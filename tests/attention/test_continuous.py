@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, Facts, Family, attached, random_adapter
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from kblam_ray.attention import Attachment, KnowledgeBatching, KnowledgeMemory
 from kblam_ray.attention.batch import Segment
@@ -422,6 +424,89 @@ def test_a_failing_engine_says_so(paper: Attachment, monkeypatch: pytest.MonkeyP
             engine.generate(PROMPTS[:1], [None])
         with pytest.raises(InputError, match="no more requests"):
             engine.generate(PROMPTS[:1], [None])
+
+
+def test_outputs_come_to_the_event_loop_and_let_the_memory_go(paper: Attachment):
+    memory = Facts.random(7, seed=1).memory(paper.adapter)
+    expected = alone(paper, PROMPTS[0], memory)
+    gone = weakref.ref(memory)
+
+    async def ask(engine: Watched, knowledge: KnowledgeMemory, *, streaming: bool) -> list[GenerationOutput]:
+        outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
+        engine.add_request(PROMPTS[0], knowledge, on_output=outputs.put_nowait, streaming=streaming)
+        found = [await asyncio.wait_for(outputs.get(), 20)]
+        while not found[-1].is_finished():
+            found.append(await asyncio.wait_for(outputs.get(), 20))
+        return found
+
+    with engine_of(paper) as engine:
+        (whole,) = asyncio.run(ask(engine, memory, streaming=False))
+        assert whole.generated_tokens == expected
+        streamed = asyncio.run(ask(engine, memory, streaming=True))
+        assert [output.generated_tokens for output in streamed] == [expected[: end + 1] for end in range(NEW_TOKENS)]
+        assert not engine.manager.output_router.result_handlers
+        engine.generate([PROMPTS[0]], [None])
+        engine.batches.clear()
+        del memory
+        gc.collect()
+        assert gone() is None
+
+
+def test_a_cancelled_request_lets_its_memory_go_before_the_engine_works_again(paper: Attachment):
+    memory = Facts.random(7, seed=1).memory(paper.adapter)
+    gone = weakref.ref(memory)
+
+    async def ask(engine: Watched, knowledge: KnowledgeMemory) -> None:
+        engine.add_request(PROMPTS[0], knowledge, request_id="a", on_output=lambda output: None)
+        engine.cancel("a")
+
+    with engine_of(paper) as engine, engine.manager.pause():
+        asyncio.run(ask(engine, memory))
+        assert not engine.manager.output_router.result_handlers
+        del memory
+        gc.collect()
+        assert gone() is None
+    engine.cancel("a")  # whoever comes too late is not told off
+
+
+def test_tokens_are_chosen_as_the_caller_wants_request_by_request(paper: Attachment):
+    seen: list[list[str]] = []
+
+    def choose(logits: torch.Tensor, requests: Sequence[Any]) -> torch.Tensor:
+        names = [request.request_id for request in requests]
+        seen.append(names)
+        assert len(logits) >= len(names)
+        for row, request in enumerate(requests):
+            if request.request_id == "seven":
+                logits[row, 7] = logits[row].max() + 1
+        return logits
+
+    with KnowledgeBatching(paper, greedy(), cache(max_batch_tokens=16), choose) as engine:
+        with engine.manager.pause():
+            engine.add_request(PROMPTS[0] * 4, request_id="long")
+            engine.add_request(PROMPTS[1], request_id="seven")
+            engine.add_request(PROMPTS[2], request_id="plain")
+        answers = collect(engine, ["long", "seven", "plain"])
+    assert answers["seven"] == [7] * NEW_TOKENS
+    assert answers["plain"] == alone(paper, PROMPTS[2], None)
+    assert answers["long"] == alone(paper, PROMPTS[0] * 4, None)
+    assert max(map(len, seen)) > 1
+
+
+def test_an_engine_that_is_aborted_fails_what_it_was_asked(paper: Attachment):
+    with engine_of(paper) as engine:
+        assert engine.is_running
+        assert engine.capacity == 4 * 96
+        engine.add_request(PROMPTS[0], request_id="a", max_new_tokens=300, streaming=True)
+        assert engine.get_result(timeout=20) is not None
+        engine.abort()
+        engine.join()
+        assert not engine.is_running
+        outputs = engine.manager.output_router.output_queue
+        last = [outputs.get_nowait() for _ in range(outputs.qsize())][-1]
+        assert (last.request_id, last.error is not None) == ("a", True)
+        engine.abort()
+    assert not engine.is_running
 
 
 def collect(engine: KnowledgeBatching, ids: Sequence[str]) -> dict[str, list[int]]:

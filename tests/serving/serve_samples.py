@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,3 +130,49 @@ def running_server(*flags: str, num_replicas: int = 1, **environment: str) -> It
         server.http.close()
         if server.process.poll() is None:
             server.stop()
+
+
+class Gate:
+    """A TCP proxy on loopback that can be shut: what is behind it seems to be down."""
+
+    def __init__(self, target_port: int) -> None:
+        self.port = free_port()
+        self._target = ("127.0.0.1", target_port)
+        self._connections: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+
+    def open(self) -> None:
+        """Let everything through."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        """Refuse new connections and end those that there are."""
+        assert self._listener is not None
+        for one in (self._listener, *self._connections):
+            # Closing alone does not wake a thread that waits in it.
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self._connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            self._connections |= {client, server}
+            for here, there in ((client, server), (server, client)):
+                threading.Thread(target=self._pass_on, args=(here, there), daemon=True).start()
+
+    def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError):
+            while data := here.recv(65536):
+                there.sendall(data)
+        for one in (here, there):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self._connections -= {here, there}

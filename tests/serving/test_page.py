@@ -206,6 +206,20 @@ def test_an_answer_is_seen_while_it_comes_and_can_be_stopped(open_page: Open, do
     assert body_of(double) == [("user", PEN)]
 
 
+def test_a_question_waits_until_the_models_are_known(open_page: Open, double: Double, address: str):
+    page, held = open_page(address), []
+    expect(page.locator("#served")).to_contain_text("version 3")
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    question_box(page).fill(QUESTION)
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    expect(question_box(page)).to_have_value(QUESTION)
+    held[0].continue_()
+    expect(part(page.locator(".turn"), "answer")).to_have_text(ANSWER)
+    assert len(double.asked) == 1
+
+
 def test_follow_ups_carry_the_conversation_without_answers_that_were_replaced(open_page, double, address):
     page = open_page(address)
     first = ask(page, QUESTION)
@@ -412,6 +426,10 @@ def test_pinned_unreachable_failed_and_behind(open_page: Open, double: Double, a
     double.description = {"status": "failed", "error": "another encoder"}
     look_now(page)
     expect(notice).to_contain_text("capitals cannot be served (another encoder)")
+    double.description = {"status": "loading", "version": None, "latest_version": None, "num_facts": None}
+    look_now(page)
+    expect(notice).to_contain_text("capitals is being loaded")
+    expect(page.locator("#state-facts")).to_have_text("unknown")
     double.description = {"latest_version": 4, "lag_s": 1.25}
     look_now(page)
     expect(page.locator("#state-lag")).to_have_text("1.3 s")
