@@ -94,5 +94,38 @@ class Follower:
         await self.until(lambda: self.report(name).version == version)
 
 
+class blocked:
+    """While inside, what is fetched waits until the event is set."""
+
+    def __init__(self, it: Follower, *names: str) -> None:
+        self._fetcher, self._names = it.library._fetcher, names or ("load", "refresh")
+        self._event = asyncio.Event()
+        self.num_held = 0
+
+    @property
+    def is_holding(self) -> bool:
+        return self.num_held > 0
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __enter__(self) -> blocked:
+        for name in self._names:
+            setattr(self._fetcher, name, self._held(getattr(self._fetcher, name)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name in self._names:
+            delattr(self._fetcher, name)
+
+    def _held(self, method):
+        async def held(*given):
+            self.num_held += 1
+            await self._event.wait()
+            return await method(*given)
+
+        return held
+
+
 def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 2 * PATIENCE_S))

@@ -6,9 +6,8 @@ import asyncio
 import threading
 
 import pytest
-from library_samples import KB, Follower, change, encoder, make, model, run, values
+from library_samples import KB, Follower, blocked, change, encoder, make, run, values
 
-from kblam_ray import KnowledgeBase
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import ConflictError, NotServedError, UnavailableError
 from kblam_ray.serving.library import fetcher
@@ -125,39 +124,6 @@ def test_lag_is_how_long_a_newer_version_is_known(uri):
             assert it.report().lag_s == 0
 
     run(test)
-
-
-class blocked:
-    """While inside, what is fetched waits until the event is set."""
-
-    def __init__(self, it: Follower, *names: str) -> None:
-        self._fetcher, self._names = it.library._fetcher, names or ("load", "refresh")
-        self._event = asyncio.Event()
-        self.num_held = 0
-
-    @property
-    def is_holding(self) -> bool:
-        return self.num_held > 0
-
-    def set(self) -> None:
-        self._event.set()
-
-    def __enter__(self) -> blocked:
-        for name in self._names:
-            setattr(self._fetcher, name, self._held(getattr(self._fetcher, name)))
-        return self
-
-    def __exit__(self, *_) -> None:
-        for name in self._names:
-            delattr(self._fetcher, name)
-
-    def _held(self, method):
-        async def held(*given):
-            self.num_held += 1
-            await self._event.wait()
-            return await method(*given)
-
-        return held
 
 
 def test_many_changes_are_fetched_together(uri):
@@ -341,40 +307,6 @@ def test_an_empty_knowledge_base(uri):
             assert (await it.memory(min_version=2)).num_facts == 5
             kb.delete([(f"e{number}", "p") for number in range(5)])
             assert (await it.memory(min_version=3)).num_facts == 0
-
-    run(test)
-
-
-def test_the_selection_follows_the_size(uri):
-    make(uri, 5)
-
-    async def test():
-        for select_above, expected in ((5, "all"), (4, "similar:3")):
-            async with Follower(select_above=select_above, selected_facts=3) as it:
-                it.follow(kb=uri)
-                assert it.library.selection_for(await it.memory()) == expected
-
-    run(test)
-
-
-def test_large_knowledge_bases_are_indexed_in_the_background(uri, monkeypatch):
-    from kblam_ray.model.nearest import index_nbytes
-
-    kb = KnowledgeBase.create(uri, encoder())
-    kb.upsert([(f"e{number}", "p", "0") for number in range(1_200)])
-
-    async def test():
-        async with Follower(index_above=1_000) as it:
-            it.follow(kb=uri)
-            memory = await it.memory()
-            plain = it.report().nbytes
-            await it.until(lambda: index_nbytes(memory) > 0 and it.report().nbytes > plain)
-            assert it.report().nbytes >= memory.nbytes + index_nbytes(memory)
-            kb.upsert([("e0", "p", "1")])
-            after = await it.memory(min_version=1)
-            assert index_nbytes(after) > 0  # of the chunk that both share
-            near = model().prepare(after, "what is the p of e0?", "similar:3")
-            assert near.num_facts == 3
 
     run(test)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from library_samples import Follower, make, run, values
-from test_library import blocked
+from library_samples import Follower, blocked, make, run, values
 
 from kblam_ray.serving.library.load_queue import LOADS_AT_A_TIME, LoadQueue
 

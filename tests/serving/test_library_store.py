@@ -17,6 +17,7 @@ NOWHERE = "http://127.0.0.1:9"
 def test_the_store_is_down_and_comes_back(s3_uri, s3_endpoint, monkeypatch):
     kb = make(f"{s3_uri}/kb")
     make(f"{s3_uri}/late", value="late")
+    monkeypatch.setattr(keeper, "SLOW_LOOK_S", 60)  # so that it is the store's own error that is reported
 
     async def test():
         async with Follower() as it:

@@ -7,8 +7,7 @@ import gc
 import shutil
 
 import pytest
-from library_samples import PATIENCE_S, Follower, change, encoder, make, model, run, values
-from test_library import blocked
+from library_samples import PATIENCE_S, Follower, blocked, change, encoder, make, model, run, values
 
 from kblam_ray import KnowledgeBase, load_encoder
 from kblam_ray.errors import ConflictError, NotServedError, UnavailableError
