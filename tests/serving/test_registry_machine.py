@@ -89,9 +89,8 @@ class Server(RuleBasedStateMachine):
         self.loop = ClockLoop()
         self.replicas: list[Replica] = []
         self.num_joined = 0
-        self.newest = dict.fromkeys(URIS, 0)
+        self.newest = dict.fromkeys(URIS, 3)
         self.specs: dict[str, KbSpec] = {}
-        self.num_said = 0
 
     def teardown(self) -> None:
         self.loop.close()
@@ -210,6 +209,16 @@ class Server(RuleBasedStateMachine):
         self.start_registry()
         for replica in self.replicas:  # their calls are made again at once
             replica.next_report = min(replica.next_report, self.loop.time() + EVERY_S)
+
+    @precondition(lambda self: self.replicas)
+    @rule(name=names, uri=uris, pin=st.none() | picks)
+    def put_and_hear(self, name: str, uri: str, pin: int | None) -> None:
+        """Everybody knows of a change and says so, and nobody has acted on it yet."""
+        self.catch_up()
+        self.put(name, uri, pin)
+        for pick, replica in enumerate(self.replicas):
+            self.follow(pick)
+            self.send(replica)
 
     @precondition(lambda self: self.replicas)
     @rule()
