@@ -209,8 +209,10 @@ class Replica:
         )
 
     async def _wait_for_change(self) -> None:
+        # Not wait_for: on Python 3.11 it loses a cancellation that comes together with the event.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), self._settings.replicas.lease_s / 3)
+            async with asyncio.timeout(self._settings.replicas.lease_s / 3):
+                await self._changed.wait()
 
     async def _keep_reporting(self) -> None:
         while True:

@@ -146,7 +146,8 @@ async def _keep_changing(
         await _change(address, histories, question, histories.facts[question], f"Newvalue {done}")
         done += 1
         with suppress(TimeoutError):
-            await asyncio.wait_for(over.wait(), settings.every_s)
+            async with asyncio.timeout(settings.every_s):
+                await over.wait()
     return done
 
 
