@@ -14,6 +14,9 @@ from kblam_ray.serving.messages import Written
 from kblam_ray.serving.settings import KB_NAME
 from kblam_ray.serving.wanted import KbDescription, KbSpec, Overview, RegistryLike, TableFound
 
+SETTLE_S = 0.2
+"""Pause before a registry that was made anew is asked again."""
+
 
 class WriterLike(Protocol):
     """What embeds and commits facts, here or in another process."""
@@ -98,6 +101,8 @@ class Administration:
     async def _writable(self, name: str) -> KbSpec:
         spec = (await self._registry.wanted()).knowledge_bases.get(name)
         if spec is None:
+            spec = (await self._settled()).wanted.knowledge_bases.get(name)
+        if spec is None:
             raise NotServedError(
                 f"there is no knowledge base {name!r}", where="name", help="GET /v1/knowledge_bases lists them"
             )
@@ -108,6 +113,12 @@ class Administration:
                 help="PUT it with version null to follow the newest again, then write",
             )
         return spec
+
+    async def _settled(self) -> Overview:
+        """What the registry knows once it can know all: one that was killed learns from its processes' reports."""
+        while not (overview := await self._registry.describe()).is_settled:
+            await asyncio.sleep(SETTLE_S)
+        return overview
 
     async def _announced(self, name: str, written: Written, wait: bool, timeout_s: float) -> Written:
         # The commit stands whatever becomes of the caller, so replicas hear of it even if he goes.
