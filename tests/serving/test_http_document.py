@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import schemathesis
 from http_samples import ADMIN_KEY, KB, KEYS, MODEL, OTHER_URI, URI, make_app, memory_backend
@@ -47,6 +49,27 @@ def name_what_there_is(case: schemathesis.Case) -> None:
         case.body["model"] = (MODEL, f"{MODEL}:{KB}", f"{MODEL}:{KB}@0")[len(case.body["model"]) % 3]
     if isinstance(case.body, dict) and "uri" in case.body:
         case.body["uri"] = (URI, OTHER_URI)[len(case.body["uri"]) % 2]
+
+
+def test_the_document_has_the_limits_of_this_server():
+    schemas = make_app(max_choices=3, max_facts=7).openapi()["components"]["schemas"]
+    assert schemas["ChatRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 3
+    assert schemas["NewFacts"]["properties"]["facts"]["maxItems"] == 7
+    assert schemas["FactNames"]["properties"]["facts"]["maxItems"] == 7
+
+
+def test_the_document_asks_for_keys_where_there_are_keys():
+    paths = app.openapi()["paths"]
+    secured = {path for path, methods in paths.items() if all(each.get("security") for each in methods.values())}
+    assert secured == set(paths) - {"/health", "/metrics"}
+    assert "securitySchemes" not in make_app().openapi()["components"]
+
+
+def test_nothing_is_called_in_a_thread():
+    """A plain function among endpoints and dependencies costs a hop to a thread and back, most of a request's time."""
+    for route in app.routes:
+        for part in [route.dependant, *route.dependant.dependencies] if hasattr(route, "dependant") else []:
+            assert inspect.iscoroutinefunction(part.call), part.call
 
 
 @schema.parametrize()

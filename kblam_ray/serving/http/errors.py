@@ -55,14 +55,14 @@ class RefusedError(HTTPException):
 
 
 class NotServedInTimeError(e.UnavailableError):
-    """A write is committed, and not every replica serves it yet."""
+    """A change is made and durable, and not every replica serves it yet."""
 
     code = "not_served_in_time"
 
     def __init__(self, kb_version: int, timeout_s: float) -> None:
         super().__init__(
-            f"version {kb_version} is committed, but after {timeout_s:g} s not every replica serves it",
-            help="the write stands: do not repeat it; GET the knowledge base to see its version",
+            f"after {timeout_s:g} s not every replica serves version {kb_version}",
+            help="the change stands: do not repeat it; GET the knowledge base to see its version",
         )
         self.kb_version = kb_version
 

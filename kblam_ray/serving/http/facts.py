@@ -34,7 +34,7 @@ MAX_PAGE = 1_000
 asking = asking_router(TAG)
 writing = writing_router(TAG)
 
-_WRITE_ERRORS = errors(400, 401, 403, 404, 409, 413, 422, 503)
+_WRITE_ERRORS = errors(400, 401, 403, 404, 409, 413, 422, 429, 503)
 
 
 @asking.get(
@@ -111,7 +111,7 @@ async def delete_facts(
     f"{PATH}/facts/{{fact_id:fact_id}}",
     summary="Delete a fact",
     response_model=FactsDeleted,
-    responses=errors(400, 401, 403, 404, 409, 422, 503),
+    responses=errors(400, 401, 403, 404, 409, 422, 429, 503),
 )
 async def delete_fact(
     name: KbPath,

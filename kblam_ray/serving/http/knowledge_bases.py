@@ -59,7 +59,7 @@ async def get_knowledge_base(name: KbPath, services: Service) -> Response:
     PATH,
     summary="Serve a table, follow it, or go to another of its versions",
     response_model=KnowledgeBaseBody,
-    responses=errors(400, 401, 403, 404, 409, 413, 422, 503),
+    responses=errors(400, 401, 403, 404, 409, 413, 422, 429, 503),
 )
 async def put_knowledge_base(
     name: KbPath,
