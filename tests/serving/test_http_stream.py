@@ -98,6 +98,28 @@ def test_a_server_that_stops_cancels_too(backend):
     assert asyncio.run(run()) == 0
 
 
+def test_a_server_that_stops_before_anything_was_sent_cancels_too(backend):
+    async def run():
+        exchange = await ask(app := make_app(backend))
+        exchange.task.cancel()
+        exchange.feed(json.dumps(question(stream=True)).encode(), more=False)
+        is_sending = asyncio.Event()
+
+        async def stuck(message):
+            is_sending.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.ensure_future(app(exchange.scope, exchange._receive, stuck))
+        await is_sending.wait()
+        assert backend.num_running == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return backend.num_running
+
+    assert asyncio.run(run()) == 0
+
+
 def test_a_connection_that_breaks_while_something_is_sent(backend):
     async def run():
         exchange = await ask(make_app(backend))

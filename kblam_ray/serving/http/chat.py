@@ -84,7 +84,8 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
         if body.stream:
             events = services.backend.stream(question)
             started = await _first(events, request, deadline)
-            return sse.EventStream(_chunks(answering, started, events, request, deadline))
+            chunks = _chunks(answering, started, events, request, deadline)
+            return sse.EventStream(chunks, on_end=lambda: _close(events))
         finished = await while_connected(request.receive, within(services.backend.complete(question), deadline))
     except NotServedError as error:
         raise ModelNotFoundError(error.what, where="model", help=error.help) from None
@@ -167,8 +168,6 @@ async def _chunks(
     except KblamError as error:
         note(request, outcome=error.code)
         yield sse.event(body_of(error).model_dump_json(exclude_unset=True), "error")
-    finally:
-        await _close(events)
 
 
 async def _next(events: AsyncIterator[Event], deadline: float) -> Event:
