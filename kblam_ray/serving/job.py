@@ -32,6 +32,9 @@ ANSWER_S = 60.0
 LOOK_S = 5.0
 """How often the application is looked at while the job waits to be stopped."""
 
+CLUSTER_PATIENCE_S = 1.0
+"""How long a job on a cluster waits before it leaves the end to Serve: `ray job stop` kills after three seconds."""
+
 
 def serve(settings: ServeSettings) -> dict[str, Any]:
     """Serve until SIGTERM or SIGINT, then finish what runs; the work of `jobs/serve.py`.
@@ -64,7 +67,12 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
             while not stop.wait(LOOK_S):
                 require_running(settings.app_name)
         _say(f"stopping: what runs has {settings.limits.drain_timeout_s:g} s to finish")
-        served = drained(handle, settings.limits.drain_timeout_s)
+        served = drained(
+            settings.app_name,
+            handle,
+            settings.limits.drain_timeout_s,
+            delete_after_s=None if is_local else CLUSTER_PATIENCE_S,
+        )
     return {"address": address, **served}
 
 

@@ -190,3 +190,48 @@ def test_serve_deploys_the_yaml_and_a_change_of_it_without_a_restart(cluster, tm
         del world["version"]
         deploy()
         eventually(lambda: "Mombasa" in ask(http), "the newest version")
+
+
+def test_a_job_submitted_to_a_cluster_leaves_nothing_behind(cluster, tmp_path):
+    make_kb(tmp_path)
+    port = free_port()
+    ray = [str(BIN / "ray"), "job"]
+    entrypoint = ["python", "jobs/serve.py", "--kb", str(tmp_path / "capitals"), "--port", str(port)]
+    submitted = f"serve-{uuid.uuid4().hex[:8]}"
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [*ray, *command], env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+        return done.stdout + done.stderr
+
+    def submit() -> bool:
+        # A head listens before the agent that runs its jobs is up.
+        told = run("submit", "--no-wait", "--submission-id", submitted, "--working-dir", ".", "--", *entrypoint)
+        return "submitted successfully" in told or "already exists" in told
+
+    eventually(submit, "a job that is taken", 120)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+        eventually(lambda: http.get("/health").status_code == 200, "an answer", 200)
+        assert text_of(http.post("/v1/chat/completions", json=question_body(QUESTION, grounding="verbatim"))) == ANSWER
+        slow = question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=400, n=8)
+        running: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: running.append(http.post("/v1/chat/completions", json=slow)))
+        asking.start()
+        samples = 'kblam_running_requests{process="answerer'
+        eventually(
+            lambda: any(
+                line.startswith(samples) and float(line.split()[-1]) for line in http.get("/metrics").text.splitlines()
+            ),
+            "a request that runs",
+        )
+        run("stop", submitted)
+        asking.join(60)
+        assert running[0].status_code == 200
+    status = [str(BIN / "serve"), "status", "--address", cluster["RAY_API_SERVER_ADDRESS"]]
+
+    def is_gone() -> bool:
+        done = subprocess.run(status, env=cluster, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode == 0 and "kblam-ray" not in done.stdout
+
+    eventually(is_gone, "an application that is gone", 90)

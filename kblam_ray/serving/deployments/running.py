@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,15 +65,26 @@ def require_running(name: str) -> None:
         raise UnavailableError("the application is gone", where=name, help="somebody deleted it; start again")
 
 
-def drained(handle: Any, timeout_s: float) -> dict[str, Any]:
+def drained(name: str, handle: Any, timeout_s: float, *, delete_after_s: float | None = None) -> dict[str, Any]:
     """Turn new requests away and wait for those that run; what was served, and what is left when the time is over.
+
+    Args:
+        name: of the application.
+        handle: of its gateways.
+        delete_after_s: when to have Serve take the application down and finish what still runs, for a caller who may
+            be killed while he waits. Serve answers new requests then, with 404.
 
     Raises:
         UnavailableError: the gateways do not answer.
     """
     try:
         knowledge_bases = handle.serves.remote().result(timeout_s=CALL_S)
-        gateways = handle.broadcast("drain", timeout_s).results(timeout_s=timeout_s + CALL_S)
+        with ThreadPoolExecutor(1) as pool:
+            draining = pool.submit(lambda: handle.broadcast("drain", timeout_s).results(timeout_s=timeout_s + CALL_S))
+            _, is_waiting = wait([draining], timeout=delete_after_s)
+            if is_waiting:
+                serve.delete(name, _blocking=False)
+            gateways = draining.result()
     except (RayError, RayServeException, TimeoutError, KblamError) as error:
         raise UnavailableError(
             f"the gateways cannot be asked to stop: {type(error).__name__}",
