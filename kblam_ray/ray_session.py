@@ -18,6 +18,9 @@ from kblam_ray.errors import InputError, MissingDependencyError, RayStartError
 OBJECT_STORE_BYTES = 400_000_000
 """Object store of a local Ray: holds the blocks in flight between tasks; Ray spills to disk beyond it."""
 
+START_TRIES = 3
+"""How often a local Ray is started before it is given up: its node may be late on a busy machine."""
+
 
 def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     """Connect to the cluster that `RAY_ADDRESS` names, else start Ray in this process; do nothing if it runs already.
@@ -52,15 +55,8 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
             if address:
                 ray.init(address=address, **quiet)
             else:
-                # "local" because None would join whichever Ray was last started on this host.
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    object_store_memory=object_store_bytes,
-                    **quiet,
-                )
-        # Ray raises a bare Exception when its node does not come up in 30 s, as happens on a busy machine.
+                _start_local(num_cpus, object_store_bytes, quiet)
+        # Ray raises a bare Exception when its node does not come up.
         except Exception as error:
             raise RayStartError(
                 f"Ray does not start: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
@@ -69,6 +65,27 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
             ) from error
         _keep_handler(signal.SIGTERM, on_terminate)
     _quiet_ray_data()
+
+
+def _start_local(num_cpus: int | None, object_store_bytes: int, quiet: dict[str, Any]) -> None:
+    import ray
+
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            # "local" because None would join whichever Ray was last started on this host.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                **quiet,
+            )
+            return
+        except Exception as error:
+            # A busy machine may need longer than the 30 s that Ray gives its node, which cannot be set.
+            if not tries_left or "timed out" not in str(error):
+                raise
+            ray.shutdown()
 
 
 def _keep_handler(number: signal.Signals, handler: Any) -> None:

@@ -68,3 +68,21 @@ def test_a_running_ray_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("started twice"))
     start_ray()
+
+
+def test_a_local_node_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    done: list[object] = []
+
+    def init(**settings: object) -> None:
+        done.append("init")
+        if done.count("init") < 3:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("shutdown"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    start_ray()
+    assert done == ["init", "shutdown", "init", "shutdown", "init"]
