@@ -39,12 +39,12 @@ class KnowledgeSettings(JobConfig):
     )
     poll_s: PositiveFloat = Field(0.5, description="how often a table is asked for a newer version")
     select_above: PositiveInt = Field(
-        100_000,
+        20_000,
         description="tables with more facts are asked with selection similar:`selected_facts` unless a request says",
     )
     selected_facts: PositiveInt = Field(1_000, description="K of that selection")
     index_above: PositiveInt = Field(
-        250_000,
+        100_000,
         description="larger tables get an approximate index for `similar:K`; others are searched exactly",
     )
 
