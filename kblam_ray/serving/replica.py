@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.2
 """Pause before the registry is asked again when it did not answer."""
 
+LOADING_LOOK_S = 0.02
+"""How often it is looked whether everything is loaded at the start."""
+
 T = TypeVar("T")
 
 
@@ -87,7 +90,8 @@ class Replica:
         await self._follow(await self._registry.wanted())
         self._tasks = [asyncio.create_task(self._keep_reporting()), asyncio.create_task(self._keep_following())]
         while any(report.status == "loading" for report in self._library.reports().values()):
-            await self._wait_for_change()
+            # Not for the event of changes, which those who report clear: while it is set, waiting for it lets nobody run.
+            await asyncio.sleep(LOADING_LOOK_S)
 
     async def close(self) -> None:
         """Give the lease back and stop; running requests are cancelled."""
