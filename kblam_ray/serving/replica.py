@@ -90,7 +90,7 @@ class Replica:
         await self._follow(await self._registry.wanted())
         self._tasks = [asyncio.create_task(self._keep_reporting()), asyncio.create_task(self._keep_following())]
         while any(report.status == "loading" for report in self._library.reports().values()):
-            # Not for the event of changes, which those who report clear: while it is set, waiting for it lets nobody run.
+            # Waiting for an event that is set and that others clear would let nobody run.
             await asyncio.sleep(LOADING_LOOK_S)
 
     async def close(self) -> None:
