@@ -132,9 +132,9 @@ def index_memory(memory: KnowledgeMemory, *, min_rows: int) -> None:
     """Build and keep an index of each chunk with at least `min_rows` rows that has none; any thread may call it.
 
     A million facts take about 20 seconds of one core, 150 MB to keep and as much again meanwhile; a call for the
-    same chunks waits for the one that builds them. Until then, and in all other chunks, facts are searched exactly; so they
-    are on a GPU, where that is fast: chunks there get no index. The words of the facts are indexed too, where there
-    are texts.
+    same chunks waits for the one that builds them. Until then, and in all other chunks, facts are searched exactly;
+    so they are on a GPU, where that is fast: chunks there get no index. The words of the facts are indexed too, where
+    there are texts.
 
     Raises:
         MissingDependencyError: faiss is not installed.
