@@ -24,6 +24,10 @@ _LOCAL_REFUSED = re.compile(r"[%\[\]|^\\\x00-\x1f\x7f]")
 _S3_REFUSED = re.compile(r"[%#?\[\]|^\\\x00-\x1f\x7f]")
 
 
+FAR_VERSION = 1_000
+"""From here on a version is compared with the newest before it is opened."""
+
+
 def check_location(uri: str) -> str:
     """`uri` normalised.
 
@@ -66,8 +70,10 @@ def _open_newest(uri: str) -> deltalake.DeltaTable:
 
 
 def _open_at(uri: str, version: int) -> deltalake.DeltaTable:
+    # The library looks for each of the versions before one that is not there.
+    is_far = version > FAR_VERSION and version > _open_newest(uri).version()
     try:
-        if version >= 0:
+        if version >= 0 and not is_far:
             return deltalake.DeltaTable(uri, version=version, storage_options=storage.delta_storage_options(uri))
         cause: Exception | None = None
     except (DeltaError, OSError) as error:

@@ -241,3 +241,9 @@ def test_a_commit_is_on_the_disk_before_it_is_answered(uri, monkeypatch):
     part, entry = table / TableLog.open(uri).files[0].path, table / "_delta_log" / f"{0:020}.json"
     assert synced.index(number_of(part)) < synced.index(number_of(entry))
     assert {number_of(folder) for folder in (table, table / "_delta_log", table.parent)} <= set(synced)
+
+
+def test_a_version_that_is_far_away_is_refused_at_once(uri):
+    commit_upserts(uri, FACTS, NOW)
+    with pytest.raises(TableNotFoundError, match=r"no version 9007199254740991 .* newest is 0"):
+        TableLog.open(uri, 2**53 - 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.attention.prompt_trace import PromptTrace
 from kblam_ray.attention.trace import mean_shares
 from kblam_ray.errors import InputError
+from kblam_ray.facts.questions.forms import answer_sentence
 from kblam_ray.model.chat import Message
 from kblam_ray.model.generation import answer_length, generate_answer, learned_positions, trained_positions
 from kblam_ray.model.grounding.grounder import Grounder
@@ -103,10 +105,26 @@ class VerbatimReading:
         assert self._reading is not None, "nothing is read for a refusal"
         return Grounder(self._reading, self._questions, self._model.adapter.config.refusal_text)
 
-    def is_all_said(self, grounder: Grounder) -> bool:
-        """Whether nothing that the model may still write can be stated: the answer is complete."""
+    def is_all_said(self, grounder: Grounder, num_written: int) -> bool:
+        """Whether nothing that the model may still write can be stated: the answer is complete.
+
+        Args:
+            num_written: tokens that it wrote; after many more than the facts need, it has lost its way.
+        """
         assert self._reading is not None
-        return grounder.refused or self._reading.allowed <= set(grounder.stated)
+        if grounder.refused or self._reading.allowed <= set(grounder.stated):
+            return True
+        return num_written >= self._enough_tokens
+
+    @cached_property
+    def _enough_tokens(self) -> int:
+        """Twice as many as it takes to state the facts that may be meant, or to refuse."""
+        reading, config = self._reading, self._model.adapter.config
+        assert reading is not None
+        meant = [reading.facts[place] for place in (reading.asked if reading.is_certain else reading.allowed)]
+        stating = " ".join(answer_sentence(fact.entity, fact.property, [fact.value]) for fact in meant)
+        encode = self._model.chat.tokenizer.encode
+        return 2 * max(len(encode(text, add_special_tokens=False)) for text in (stating, config.refusal_text))
 
     def value(self, place: int) -> str:
         """Of the fact at a place among those that are read."""
@@ -182,7 +200,7 @@ class _Writing(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         self.take(input_ids)
-        return torch.tensor([self._read.is_all_said(self.grounder)], device=input_ids.device)
+        return torch.tensor([self._read.is_all_said(self.grounder, self._num_taken)], device=input_ids.device)
 
 
 def reading_messages(messages: Sequence[Message], facts: Sequence[ReadFact]) -> list[Message]:

@@ -140,7 +140,7 @@ class VerbatimWriter(Writer):
         spoken, is_complete = "", True
         if self._grounder is not None:
             spoken = self._grounder.feed(written)
-            is_complete = self._read.is_all_said(self._grounder)
+            is_complete = self._read.is_all_said(self._grounder, self._num_taken)
             if is_over or is_complete:
                 spoken += self._grounder.finish()
         self._has_spoken = self._has_spoken or bool(spoken)

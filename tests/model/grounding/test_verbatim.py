@@ -57,6 +57,21 @@ def test_a_random_model_answers_right_with_its_citation(model, kb_uri):
     assert cited.score == pytest.approx(float(shares_M[memory.fact_ids.tolist().index(cited.fact_id)]), rel=1e-4)
 
 
+def test_a_model_that_has_lost_its_way_is_not_heard_out(model, kb_uri, monkeypatch):
+    lengths, generate = [], model.generate
+
+    def counted(prompt_ids, **settings):
+        ids = generate(prompt_ids, **settings)
+        lengths.append(ids.shape[1] - prompt_ids.shape[1])
+        return ids
+
+    monkeypatch.setattr(model, "generate", counted)
+    answer = model.ask(QUESTION, model.load(kb_uri), grounding="verbatim", max_new_tokens=400)
+    assert answer.text == "The capital of Peru is Lima."
+    stating = len(llama_tokenizer().encode(answer.text, add_special_tokens=False))
+    assert 0 < max(lengths) <= 2 * stating
+
+
 def test_two_entities_are_both_read_and_stated(model, kb_uri):
     question = "What is the capital of France and the population of Peru?"
     answer = model.ask(question, model.load(kb_uri), grounding="verbatim", max_new_tokens=5)
