@@ -285,7 +285,12 @@ class KnowledgeBatching:
             for request_id in [name for name, request in self._requests.items() if request.is_cancelled]:
                 if request_id not in running:
                     del self._requests[request_id]
-            memories = [self._requests[_first(request_id)].memory for request_id in scheduled]
+            requests = [self._requests.get(_first(request_id)) for request_id in scheduled]
+        for request_id, request in zip(scheduled, requests, strict=True):
+            # The engine looks for new requests, then for cancelled ones: who came and went in between is new to it.
+            if request is None or request.is_cancelled:
+                self.manager.cancel_request(request_id)
+        memories = [request.memory if request is not None else None for request in requests]
         return [
             Segment(memory, start, stop) for memory, start, stop in zip(memories, bounds[:-1], bounds[1:], strict=True)
         ]

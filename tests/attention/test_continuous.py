@@ -17,6 +17,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, Facts, Family, attached, random_adapter
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from kblam_ray.attention import Attachment, KnowledgeBatching, KnowledgeMemory
@@ -328,6 +329,34 @@ def test_a_request_cancelled_before_it_began_leaves_nothing(paper: Attachment):
         del memory
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_request_that_comes_and_goes_between_two_looks_of_the_engine(
+    paper: Attachment, monkeypatch: pytest.MonkeyPatch, is_busy: bool
+):
+    expected = alone(paper, PROMPTS[1], None)
+    with engine_of(paper) as engine:
+        cancelled, drain, names = engine.manager.cancel_queue, continuous_api.drain_queue, iter(["gone"])
+
+        def looked_at(queue: Any) -> list[Any]:
+            if queue is cancelled and (name := next(names, None)) is not None:
+                engine.add_request(PROMPTS[0], None, request_id=name, max_new_tokens=300)
+                engine.cancel(name)
+            return drain(queue)
+
+        with engine.manager.pause():
+            if is_busy:
+                engine.add_request(PROMPTS[1], None, request_id="kept")
+            monkeypatch.setattr(continuous_api, "drain_queue", looked_at)
+        if is_busy:
+            assert collect(engine, ["kept"])["kept"] == expected
+        assert engine.generate([PROMPTS[1]], [None]) == [expected]
+        # What was cancelled was not written to its end.
+        assert engine.manager.batch_processor.scheduler.active_requests.keys() <= {"gone"}
+        assert engine.generate([PROMPTS[1]], [None]) == [expected]
+        assert not engine.manager.batch_processor.scheduler.has_pending_requests()
+        assert not engine._requests
 
 
 def test_answers_of_a_cancelled_prompt_stop_together(paper: Attachment):

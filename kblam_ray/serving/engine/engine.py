@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from kblam_ray.attention.continuous import KnowledgeBatching
+from kblam_ray.attention.continuous import CPU_MAX_BATCH_TOKENS, CPU_NUM_BLOCKS, KnowledgeBatching
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import GenerationError, InputError, UnavailableError
 from kblam_ray.model.generation import stop_ids, trained_positions
@@ -34,9 +34,6 @@ from kblam_ray.serving.settings import EngineSettings
 
 BLOCK_TOKENS = 256
 """What a block of the settings holds."""
-
-CPU_NUM_BLOCKS, CPU_MAX_BATCH_TOKENS = 64, 512
-"""Defaults on a CPU, where the library's own sizing claims most of the memory."""
 
 GPU_MEMORY_SHARE = 0.6
 """Of what is free beside the base model: the rest is for knowledge bases and for the passes beside the engine."""

@@ -40,7 +40,6 @@ export class Turn {
   }
 
   addText(piece) {
-    this.firstText ??= performance.now();
     this.text += piece;
     tell(this.part("waiting"), "");
     this.part("answer").textContent = this.text;
