@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from kblam_ray.errors import ConflictError, InputError, NotServedError
@@ -83,7 +84,8 @@ class Administration:
         known = (await self._registry.describe()).knowledge_bases.get(name)
         is_current = known is not None and known.uri == found.uri and known.pinned == (version is not None)
         if known is not None and is_current:
-            return known
+            newest = max(found.newest, known.latest_version or 0)
+            return replace(known, latest_version=newest, encoder=known.encoder or found.encoder)
         # No replica has reported yet.
         spec = wanted.knowledge_bases[name]
         return KbDescription(

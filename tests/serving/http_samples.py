@@ -193,7 +193,7 @@ class MemoryBackend:
     async def remove_knowledge_base(self, name: str) -> None:
         self._fail()
         if self.served.pop(name, None) is None:
-            raise NotServedError(f"there is no knowledge base {name!r}", help="list them")
+            raise NotServedError(f"there is no knowledge base {name!r}", where="name", help="list them")
 
     async def overview(self) -> Overview:
         self._fail()

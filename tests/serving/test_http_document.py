@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 
 import pytest
 import schemathesis
@@ -56,6 +58,13 @@ def test_the_document_has_the_limits_of_this_server():
     assert schemas["ChatRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 3
     assert schemas["NewFacts"]["properties"]["facts"]["maxItems"] == 7
     assert schemas["FactNames"]["properties"]["facts"]["maxItems"] == 7
+
+
+def test_the_document_refers_to_nothing_that_is_not_in_it():
+    document = json.dumps(app.openapi())
+    named = set(re.findall(r"#/components/schemas/(\w+)", document))
+    assert named
+    assert named <= app.openapi()["components"]["schemas"].keys()
 
 
 def test_the_document_asks_for_keys_where_there_are_keys():

@@ -158,6 +158,7 @@ def test_facts_are_written_as_they_are_embedded(client, backend):
         ({"value": 5}, 422, "facts[1].value"),
         ({"value": None}, 422, "facts[1].value"),
         ({"source": "x"}, 400, "facts[1].source"),
+        ({"metadata": ["x"]}, 422, "facts[1].metadata"),
         ({"metadata": "not JSON"}, 400, "facts[1].metadata"),
         ({"metadata": "[1]"}, 400, "facts[1].metadata"),
         ({"metadata": {"x": "y" * 1_000_001}}, 400, "facts[1].metadata"),
@@ -252,7 +253,8 @@ def test_what_is_not_served_is_not_found(client):
         ("DELETE", "/v1/knowledge_bases/rivers/facts/5", None),
         ("DELETE", "/v1/knowledge_bases/rivers", None),
     ):
-        assert client(method, path, body).status_code == 404, (method, path)
+        response = client(method, path, body)
+        assert (response.status_code, error_of(response)["param"]) == (404, "name"), (method, path)
 
 
 def test_health_tells_well_from_worse(client, backend):

@@ -39,8 +39,7 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
     chunk = ChatCompletionChunk.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
     for name, part in {**chunk.pop("$defs"), "ChatCompletionChunk": chunk}.items():
         schemas.setdefault(name, part)
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
+    _forget_validation_errors(document)
     if services.keys:
         document["components"]["securitySchemes"] = {SCHEME: {"type": "http", "scheme": "bearer"}}
         for route in app.routes:
@@ -48,3 +47,12 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
                 for method in route.methods or ():
                     document["paths"][route.path_format][method.lower()]["security"] = [{SCHEME: []}]
     return document
+
+
+def _forget_validation_errors(document: dict[str, Any]) -> None:
+    """Take out the framework's own 422, which it adds to operations that name none: ours have another body."""
+    for operation in (each for path in document["paths"].values() for each in path.values()):
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)

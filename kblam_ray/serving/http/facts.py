@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from kblam_ray.errors import NotServedError, TooLargeError
 from kblam_ray.serving.http.knowledge_bases import PATH
-from kblam_ray.serving.http.naming import FACT_ID_PATTERN, FactIdPath, KbPath
+from kblam_ray.serving.http.naming import FACT_ID_PATTERN, FactIdPath, KbPath, unknown_kb
 from kblam_ray.serving.http.routes import asking_router, writing_router
 from kblam_ray.serving.http.schema.base import MAX_INT64, metadata_object
 from kblam_ray.serving.http.schema.errors import errors
@@ -56,7 +56,10 @@ async def list_facts(
     """By ascending id; `next` of a page is `after` of the following one. Every page says its version."""
     note(request, kb=name)
     which = FactFilter(q or None, entity or None, property or None, limit, after or None)
-    page = await within(services.backend.find_facts(KbRef(name), which), write_deadline(services, False, 0))
+    try:
+        page = await within(services.backend.find_facts(KbRef(name), which), write_deadline(services, False, 0))
+    except NotServedError:
+        raise unknown_kb(name) from None
     note(request, kb_version=page.kb_version)
     return reply(FactList(data=[_fact(each) for each in page.data], next=page.next, kb_version=page.kb_version))
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from kblam_ray.serving.http.schema.errors import errors
+from kblam_ray.serving.http.schema.errors import ErrorBody, errors
 from kblam_ray.serving.http.schema.operations import Health, KnowledgeBaseHealth
 from kblam_ray.serving.http.services import Service, reply
 from kblam_ray.serving.metrics import CONTENT_TYPE
@@ -23,7 +23,7 @@ _PROMETHEUS: dict[int | str, dict[str, Any]] = {
     "/health",
     summary="Whether questions are answered",
     response_model=Health,
-    responses={503: {"model": Health, "description": "No replica answers, or the server stops."}},
+    responses={503: {"model": Health | ErrorBody, "description": "No replica answers, or nobody knows of one."}},
 )
 async def health(services: Service) -> Response:
     """Needs no key. Degraded: answers go on, from the last good version of each knowledge base."""

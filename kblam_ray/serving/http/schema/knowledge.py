@@ -43,6 +43,8 @@ class _Text:
 
 def _metadata(given: Any) -> str | None:
     """Canonical JSON text of metadata that came as an object or as JSON text of one."""
+    if not isinstance(given, dict | str | None):
+        raise PydanticCustomError("metadata_type", "Input should be an object")
     try:
         if isinstance(given, str):
             return validate_fact(Fact("-", "-", "-", given)).metadata
@@ -62,7 +64,7 @@ class NewFact(RequestBody):
     property: Name
     value: Value
     metadata: Annotated[
-        dict[str, Any] | str | None,
+        Any,
         AfterValidator(_metadata),
         WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
     ] = Field(None, description="source, date, tenant: comes back with citations")
