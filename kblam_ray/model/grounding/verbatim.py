@@ -23,7 +23,7 @@ from kblam_ray.attention.trace import mean_shares
 from kblam_ray.errors import InputError
 from kblam_ray.facts.questions.forms import answer_sentence
 from kblam_ray.model.chat import Message
-from kblam_ray.model.generation import answer_length, generate_answer, learned_positions, trained_positions
+from kblam_ray.model.generation import answer_length, generate_answer, trained_positions
 from kblam_ray.model.grounding.grounder import Grounder
 from kblam_ray.model.grounding.reading import reading_message
 from kblam_ray.model.grounding.selection import ReadFact, Reading, choose
@@ -238,6 +238,8 @@ def _answer_ids(
     ids, start = model.chat.render_with_answer(messages, text)
     if model.chat.end_of_turn_id is not None:
         ids = ids[:-1]
-    most = learned_positions(model)
-    # Composed of whole values, an answer may be longer than any that the model could have written.
-    return torch.tensor([ids[start:most]], device=prompt_ids.device)
+    most = trained_positions(model)
+    # Composed of whole values, an answer may be longer than any that the model could have written: of one with a book
+    # for a value the beginning tells which facts it rests on, and all of it would not fit into any memory.
+    num_tokens = None if most is None else max(1, most - start)
+    return torch.tensor([ids[start:][:num_tokens]], device=prompt_ids.device)

@@ -72,6 +72,23 @@ def test_a_model_that_has_lost_its_way_is_not_heard_out(model, kb_uri, monkeypat
     assert 0 < max(lengths) <= 2 * stating
 
 
+def test_a_value_longer_than_the_model_can_read_is_stated_all_the_same(model, tmp_path, monkeypatch):
+    value = "word " * 3_000 + "end"
+    kb = make_kb(tmp_path / "kb")
+    kb.upsert([{"entity": "Peru", "property": "capital", "value": value}])
+    lengths, traced = [], verbatim.PromptTrace.answer
+
+    def counted(trace, answer_ids):
+        lengths.append(answer_ids.shape[1])
+        return traced(trace, answer_ids)
+
+    monkeypatch.setattr(verbatim.PromptTrace, "answer", counted)
+    answer = model.ask(QUESTION, model.load(kb), grounding="verbatim", max_new_tokens=5)
+    assert answer.text == f"The capital of Peru is {value}."
+    assert answer.citations[0].score > 0
+    assert 0 < max(lengths) < model.base_model.config.max_position_embeddings
+
+
 def test_two_entities_are_both_read_and_stated(model, kb_uri):
     question = "What is the capital of France and the population of Peru?"
     answer = model.ask(question, model.load(kb_uri), grounding="verbatim", max_new_tokens=5)
