@@ -29,7 +29,7 @@ from kblam_ray.serving import job
 from kblam_ray.serving.deployments import application
 from kblam_ray.serving.deployments.admission import Admission
 from kblam_ray.serving.deployments.backend import ServeBackend
-from kblam_ray.serving.deployments.batches import in_batches
+from kblam_ray.serving.deployments.batches import MOST_PER_S, SPACING_S, in_batches, spacing_s
 from kblam_ray.serving.deployments.calls import Failure, LostError, asked, repeated, streamed
 from kblam_ray.serving.deployments.doorway import Doorway
 from kblam_ray.serving.deployments.registry import RegistryClient, RegistryDeployment
@@ -111,7 +111,7 @@ def test_a_batch_holds_what_is_there_and_the_first_text_does_not_wait():
         yield FINISHED
 
     async def run() -> None:
-        batches = [batch async for batch in in_batches(events(), spacing_s=10_000)]
+        batches = [batch async for batch in in_batches(events(), lambda: 10_000)]
         assert batches[0] == [STARTED, Piece(0, "a")]
         assert [event for batch in batches for event in batch][-1] == FINISHED
         assert [event.text for batch in batches for event in batch if isinstance(event, Piece)] == list("abcd")
@@ -130,7 +130,7 @@ def test_an_error_comes_after_what_was_said_before_it():
     found: list[Event] = []
 
     async def run() -> None:
-        async for batch in in_batches(events(), spacing_s=0):
+        async for batch in in_batches(events(), lambda: 0):
             found.extend(batch)
 
     with pytest.raises(UnavailableError):
@@ -149,12 +149,17 @@ def test_closing_batches_closes_the_events_at_once():
             closed.append(True)
 
     async def run() -> None:
-        batches = in_batches(events())
+        batches = in_batches(events(), lambda: 0.1)
         assert await anext(batches) == [Piece(0, "a")]
         await batches.aclose()
         assert closed
 
     asyncio.run(run())
+
+
+def test_the_more_answers_are_written_the_rarer_are_the_messages_of_each():
+    assert spacing_s(1) == SPACING_S
+    assert [num / spacing_s(num) for num in (32, 500)] == [MOST_PER_S, MOST_PER_S]
 
 
 def test_as_many_are_admitted_as_work_and_wait():
@@ -224,7 +229,7 @@ def test_cancelling_a_call_cancels_it_there():
         return handle
 
     async def stream(handle: Handle) -> None:
-        async for _ in streamed(lambda: handle.complete.remote()):
+        async for _ in streamed(lambda: handle.complete.remote(), lambda item: False):
             pass
 
     for call in (lambda handle: asked(lambda: handle.complete.remote()), stream):
@@ -258,6 +263,8 @@ def test_a_stream_that_has_said_nothing_begins_anew_elsewhere():
     handle = Handle(stream=[answers(DIED), answers([STARTED], DIED), answers(*elsewhere)])
     events = asyncio.run(collected(backend(handle).stream(QUESTION)))
     assert events == [Started(4, 10), Piece(0, "a"), Piece(0, "b"), FINISHED]
+    # A request that is over is not cancelled.
+    assert not handle.given[-1].is_cancelled
     assert len(handle.calls) == 3
 
 

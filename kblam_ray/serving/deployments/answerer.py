@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 from kblam_ray.errors import GenerationError, KblamError
-from kblam_ray.serving.deployments.batches import in_batches
+from kblam_ray.serving.deployments.batches import in_batches, spacing_s
 from kblam_ray.serving.deployments.calls import Failure, outcome
 from kblam_ray.serving.deployments.registry import RegistryClient
 from kblam_ray.serving.deployments.reporting import own_process_id
@@ -37,6 +37,7 @@ class AnswererDeployment:
         from kblam_ray.serving.replica import Replica, one_thread_per_core
 
         configure_logging("answerer")
+        self._num_streams = 0
         one_thread_per_core(settings)
         self._replica = Replica(settings, RegistryClient(registry), own_process_id("answerer"))
         await self._replica.start()
@@ -44,13 +45,15 @@ class AnswererDeployment:
     async def stream(self, question: Question) -> AsyncGenerator[list[Event] | Failure, None]:
         """The events of `Replica.stream` in batches; the last item may be a failure."""
         request_id_var.set(question.request_id)
-        batches = in_batches(self._replica.stream(question))
+        batches = in_batches(self._replica.stream(question), lambda: spacing_s(self._num_streams))
+        self._num_streams += 1
         try:
             async for batch in batches:
                 yield batch
         except KblamError as error:
             yield self._failure(error)
         finally:
+            self._num_streams -= 1
             await batches.aclose()
 
     async def complete(self, question: Question) -> Finished | Failure:

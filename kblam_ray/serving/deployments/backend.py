@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from kblam_ray.errors import UnavailableError
+from kblam_ray.errors import OverloadedError, UnavailableError
 from kblam_ray.serving.administration import Administration
 from kblam_ray.serving.deployments.admission import Admission
 from kblam_ray.serving.deployments.calls import LostError, Pauses, asked, repeated, streamed
@@ -63,7 +63,7 @@ class ServeBackend(Administration):
             pauses = Pauses(time.monotonic() + self._limits.request_timeout_s, WHAT)
             is_said = False
             while True:
-                batches = streamed(lambda: self._streaming.stream.remote(question))
+                batches = streamed(lambda: self._streaming.stream.remote(question), _is_last)
                 try:
                     async with aclosing(batches):
                         held: list[Event] = []
@@ -148,7 +148,7 @@ class ServeBackend(Administration):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         if self._num_writing >= self._limits.max_queued_requests:
-            raise UnavailableError(
+            raise OverloadedError(
                 f"{self._num_writing} writes wait, and no more may",
                 where="max_queued_requests",
                 help="write again in a moment, and many facts at a time",
@@ -168,3 +168,7 @@ class ServeBackend(Administration):
             deadline=time.monotonic() + self._limits.request_timeout_s,
             what=WHAT,
         )
+
+
+def _is_last(batch: list[Event]) -> bool:
+    return isinstance(batch[-1], Finished)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from kblam_ray.serving.messages import Event, Started
 
 SPACING_S = 0.025
 """Least time between two messages of one answer: 40 a second read as smoothly as any number."""
 
+MOST_PER_S = 200
+"""Messages of all answers of a replica: more would take the time that its engine needs."""
 
-async def in_batches(events: AsyncIterator[Event], spacing_s: float = SPACING_S) -> AsyncGenerator[list[Event], None]:
-    """All events in their order. The first text does not wait, later ones wait for `spacing_s` at most, the end never.
+
+def spacing_s(num_streams: int) -> float:
+    """Time between two messages of one of so many answers."""
+    return max(SPACING_S, num_streams / MOST_PER_S)
+
+
+async def in_batches(events: AsyncIterator[Event], spacing_s: Callable[[], float]) -> AsyncGenerator[list[Event], None]:
+    """All events in their order. The first text does not wait, later ones wait for `spacing_s()`, the end never.
 
     `Started` alone makes no batch: whoever passes events on holds it back until there is something to say. Closing this
     closes `events`; an error of `events` is raised after what came before it.
@@ -43,7 +51,7 @@ async def in_batches(events: AsyncIterator[Event], spacing_s: float = SPACING_S)
             if collecting.done() and not ready:
                 await collecting
                 return
-            await asyncio.wait({collecting}, timeout=spacing_s)
+            await asyncio.wait({collecting}, timeout=spacing_s())
             if collecting.done():
                 has_more.set()
     finally:

@@ -95,8 +95,8 @@ async def asked(call: Callable[[], Any], *, cancels: bool = True) -> Any:
         raise _not_deployed(error) from error
 
 
-async def streamed(call: Callable[[], Any]) -> AsyncGenerator[Any, None]:
-    """The items of one streaming call over a Serve handle; leaving early cancels it. Raises as `asked`."""
+async def streamed(call: Callable[[], Any], is_last: Callable[[Any], bool]) -> AsyncGenerator[Any, None]:
+    """The items of a streaming call over a Serve handle; leaving before the last one cancels it. Raises as `asked`."""
     response = call()
     is_done = False
     try:
@@ -106,7 +106,9 @@ async def streamed(call: Callable[[], Any]) -> AsyncGenerator[Any, None]:
             except StopAsyncIteration:
                 is_done = True
                 return
-            yield opened(item)
+            item = opened(item)
+            is_done = is_last(item)
+            yield item
     except asyncio.CancelledError:
         if _is_ours():
             raise

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from kblam_ray.errors import KblamError
 from kblam_ray.serving.deployments.admission import Admission
 from kblam_ray.serving.deployments.backend import ServeBackend
 from kblam_ray.serving.deployments.doorway import Doorway
@@ -53,9 +50,10 @@ class GatewayDeployment:
             process_id,
             self._admission,
         )
-        self._reporter = Reporter(self._registry, process_id, "gateway", self._metrics, settings.replicas.lease_s)
+        self._reporter = Reporter(
+            self._registry, process_id, "gateway", self._metrics, settings.replicas.lease_s, self._count
+        )
         self._reporter.start()
-        self._counting = asyncio.create_task(self._keep_counting())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         limits = self._settings.limits
@@ -74,12 +72,8 @@ class GatewayDeployment:
         return {name: {"uri": kb.uri, "version": kb.version, "status": kb.status} for name, kb in sorted(known.items())}
 
     async def __del__(self) -> None:
-        self._counting.cancel()
         await self._reporter.close()
 
-    async def _keep_counting(self) -> None:
+    def _count(self, num_answerers: int) -> None:
         """How many requests are let in depends on how many answerers there are."""
-        while True:
-            with suppress(KblamError):
-                self._admission.num_answerers = await self._registry.num_answerers()
-            await asyncio.sleep(self._settings.replicas.lease_s / 3)
+        self._admission.num_answerers = num_answerers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from ray import serve
@@ -22,9 +23,22 @@ def own_process_id(role: Role) -> str:
 
 
 class Reporter:
-    """Renews a lease until it is closed; a registry that does not answer is asked again at the next turn."""
+    """Renews a lease until it is closed; a registry that does not answer is asked again at the next turn.
 
-    def __init__(self, registry: RegistryClient, process_id: str, role: Role, metrics: Metrics, lease_s: float) -> None:
+    Args:
+        on_renewed: told how many answerers live, each time.
+    """
+
+    def __init__(
+        self,
+        registry: RegistryClient,
+        process_id: str,
+        role: Role,
+        metrics: Metrics,
+        lease_s: float,
+        on_renewed: Callable[[int], None] = lambda num_answerers: None,
+    ) -> None:
+        self._on_renewed = on_renewed
         self._registry, self._process_id, self._role = registry, process_id, role
         self._metrics, self._every_s = metrics, lease_s / 3
         self._task: asyncio.Task[None] | None = None
@@ -48,8 +62,7 @@ class Reporter:
                 report = ProcessReport(
                     self._process_id, self._role, wanted=self._registry.last_wanted, metrics=self._metrics.text()
                 )
-                await self._registry.report(report)
-                await self._registry.wanted()
+                self._on_renewed(await self._registry.renew(report))
             except KblamError as error:
                 logger.warning("the registry does not take a report: %s", error)
             await asyncio.sleep(self._every_s)
