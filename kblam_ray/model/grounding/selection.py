@@ -18,6 +18,7 @@ import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.facts.questions.forms import is_description
+from kblam_ray.model.grounding.support import words as spelt
 from kblam_ray.model.mentions import named_facts, named_properties, normalized
 from kblam_ray.model.naming import NEAR, Span, Wording, longest, overlap
 
@@ -35,6 +36,15 @@ NAME_SHARE = 1e-6
 
 ASKED_SHARE = 0.3
 """Where words do not decide, a fact may be the one asked for whose score is at least this part of the best one's."""
+
+LINKS = frozenset(
+    """
+    and or then now also what how about of for in with the one a an und oder dann wie was ist mit von für in der die das
+    et ou alors de du des la le les pour en y o e del para com do da
+    и а в для 那 那么 呢 的 は の では
+    """.split()
+) | set("那么呢的はのでには")
+"""Words of a follow-up that asks the same of another entity: "And of Peru?", "What about France?"."""
 
 MAX_NAMED = 256
 """Most facts of named entities that are looked at, best score first."""
@@ -106,18 +116,24 @@ def choose(memory: KnowledgeMemory, scores_M: torch.Tensor, questions: Sequence[
         )
         for at, row in zip(looked, rows, strict=True)
     }
-    words = _Words(memory, asked, about, questions[-1] if questions else "", list(facts.values()), named=bool(named))
+    words = _Words(memory, asked, about, questions, list(facts.values()), named=bool(named))
+    own = {at: fact for at, fact in facts.items() if words.is_name(fact)}
+    if own and words.is_exact and not words.is_follow_up and len(questions) > 1:
+        # The earlier questions draw attention, too: what they were about is not what this one is about.
+        facts, by_score = own, [at for at in by_score if at in own]
+        best = max(fact.score for fact in own.values())
     least = {at: (NAME_SHARE if words.is_name(fact) else NAMED_SHARE) * best for at, fact in facts.items()}
     firsts = [at for at in words.best_of_each_entity(facts) if facts[at].score >= NAMED_SHARE * best]
+    if not any(words.is_pair(fact) for fact in facts.values()):
+        words.carry_over(memory, questions)
     pairs = [at for at in facts if facts[at].score >= least[at] and words.is_pair(facts[at])]
     # "What is AI?" asks for the description, unless attention says that it asks for something else.
     pairs = [at for at in pairs if words.properties or at in firsts]
     reached = {at for at, fact in facts.items() if fact.score >= NAMED_SHARE * best}
     whole = [at for at in reached if not words.properties and words.names_entity(facts[at])]
     # Named facts come first where there are too many; all are read in the order of their scores.
-    chosen = list(dict.fromkeys([*_by_score(pairs, facts), *_by_score(firsts, facts), *by_score[:1]]))
-    chosen += [at for at in [*by_score, *_by_score(whole, facts)] if at not in chosen]
-    read = _by_score(chosen[:MAX_READ], facts)
+    chosen = [*_by_score(pairs, facts), *_by_score(firsts, facts), *by_score, *_by_score(whole, facts)]
+    read = _by_score(list(dict.fromkeys(chosen))[:MAX_READ], facts)
     places = {at: place for place, at in enumerate(read)}
     asked_for, allowed, is_certain = _asked(read, facts, words, pairs, firsts)
     return Reading(
@@ -144,6 +160,7 @@ class _Words:
     Attributes:
         entities, properties: mentions (span, normalized text), longest only.
         is_follow_up: the entities are named in an earlier message.
+        is_other_entity: they are named in the last one, which takes the properties from an earlier one.
     """
 
     def __init__(
@@ -151,13 +168,14 @@ class _Words:
         memory: KnowledgeMemory,
         asked: Wording,
         about: Wording,
-        question: str,
+        questions: Sequence[str],
         facts: Sequence[ReadFact],
         *,
         named: bool,
     ) -> None:
         self._asked, self._about = asked, about
         self.is_follow_up = about.text != asked.text
+        self.is_other_entity = False
         entities = {fact.entity for fact in facts}
         found = [(span, normalized(entity)) for entity in entities for span in about.mentions(entity)]
         if not found and facts:
@@ -170,13 +188,28 @@ class _Words:
         blocked: list[Span] = [] if self.is_follow_up else [span for span, _ in self.entities]
         self.properties = longest(
             (span, normalized(property))
-            for property in named_properties(memory, question)
+            for property in named_properties(memory, questions[-1] if questions else "")
             for span in asked.mentions(property)
             # "the mass of High Mass": an entity's name may have a property's word in it.
             if not any(overlap(span, entity) and span != entity for entity in blocked)
         )
         strange = about.strange_words(span for span, _ in [*self.entities, *self._in_about()])
         self.is_extended = any(about.touches(span, strange) for span, _ in self.entities)
+
+    def carry_over(self, memory: KnowledgeMemory, questions: Sequence[str]) -> None:
+        """Take the properties from an earlier question if the last one is an entity only: "And of Peru?"."""
+        rest = self._asked.text
+        for start, end in sorted((span for span, _ in self.entities), reverse=True):
+            rest = rest[:start] + " " + rest[end:]
+        if self.is_follow_up or not (self.is_exact and self.entities) or not LINKS.issuperset(spelt(rest)):
+            return
+        for question in reversed(questions[:-1]):
+            earlier = Wording(question)
+            named = [(span, text) for text in named_properties(memory, question) for span in earlier.mentions(text)]
+            if named:
+                self.properties = [(span, normalized(text)) for span, text in longest(named)]
+                self.is_other_entity = True
+                return
 
     def _in_about(self) -> list[tuple[Span, str]]:
         return [] if self.is_follow_up else self.properties
@@ -231,7 +264,7 @@ def _asked(
     best = facts[read[0]].score
     pairs = [at for at in read if at in pairs]
     if pairs:
-        pairs = _matched(pairs, facts, words)
+        pairs = pairs if words.is_other_entity else _matched(pairs, facts, words)
         named = {normalized(facts[at].entity) for at in pairs}
         # "the capital of Ur and who founded Uruk": the second has no fact with entity and property named.
         others = [
