@@ -73,8 +73,8 @@ async def closed_loop(ask: Ask, questions: list[str], num_clients: int, goes_on:
     return Load(answers, time.perf_counter() - started)
 
 
-def in_process(backend: Backend, kb: str, grounding: str, max_tokens: int) -> Ask:
-    """Asks a backend without HTTP."""
+def in_process(backend: Backend, kb: str, grounding: str, max_tokens: int, *, stream: bool = True) -> Ask:
+    """Asks a backend without HTTP, for a stream or for whole answers."""
 
     async def ask(question: str) -> Answered:
         started, first_s, text = time.perf_counter(), None, ""
@@ -85,6 +85,10 @@ def in_process(backend: Backend, kb: str, grounding: str, max_tokens: int) -> As
             grounding=grounding,
             sampling=Sampling(max_tokens=max_tokens),
         )
+        if not stream:
+            finished = await backend.complete(asked)
+            seconds, choice = time.perf_counter() - started, finished.choices[0]
+            return Answered(question, choice.text, finished.kb_version, choice.refused, seconds, seconds)
         async for event in backend.stream(asked):
             if isinstance(event, Piece):
                 first_s = first_s or time.perf_counter() - started
@@ -98,9 +102,11 @@ def in_process(backend: Backend, kb: str, grounding: str, max_tokens: int) -> As
 
 
 @asynccontextmanager
-async def over_http(address: str, model: str, grounding: str, max_tokens: int) -> AsyncIterator[Ask]:
-    """Asks a server, streaming, over connections that are kept."""
-    settings = {"model": model, "stream": True, "grounding": grounding, "max_tokens": max_tokens}
+async def over_http(
+    address: str, model: str, grounding: str, max_tokens: int, *, stream: bool = True
+) -> AsyncIterator[Ask]:
+    """Asks a server over connections that are kept, for a stream or for whole answers."""
+    settings = {"model": model, "stream": stream, "grounding": grounding, "max_tokens": max_tokens}
     # aiohttp (Ray brings it) costs the load generator a fraction of what the official client does.
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
@@ -111,6 +117,11 @@ async def over_http(address: str, model: str, grounding: str, max_tokens: int) -
             async with session.post(f"{address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
                     raise _failed(question, response.status, await response.text())
+                if not stream:
+                    whole = await response.json()
+                    seconds = time.perf_counter() - started
+                    said, version = whole["choices"][0]["message"]["content"], whole["kb_version"]
+                    return Answered(question, said, version, whole["refused"], seconds, seconds)
                 async for line in response.content:
                     if not line.startswith(b"data: {"):
                         continue

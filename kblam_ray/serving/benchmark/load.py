@@ -6,13 +6,16 @@ All three answer the same questions, in turns, so that what else the machine doe
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import sys
+import threading
 import time
 from typing import Any
 
 import numpy as np
 
+from kblam_ray.errors import InputError
 from kblam_ray.model import KnowledgeModel
 from kblam_ray.serving.benchmark.clients import Ask, Load, closed_loop, in_process, over_http
 from kblam_ray.serving.benchmark.server import running_server
@@ -45,11 +48,14 @@ def benchmark_load(settings: ServeBenchmark) -> dict[str, Any]:
         *("--replicas-min-replicas", str(settings.replicas), "--replicas-max-replicas", str(settings.replicas)),
         *("--base-model", str(settings.base_model), "--adapter", str(settings.adapter)),
     ]
-    with running_server(*flags) as address:
+    if settings.one_core and len(os.sched_getaffinity(0)) < 2:
+        raise InputError("one core for the engine, and none for the rest", where="one_core", help="leave it out")
+    with running_server(*flags, one_core=settings.one_core) as address:
         rounds = asyncio.run(_measure(settings, served, model, address, questions))
     return {
         "questions": len(questions),
         "grounding": settings.grounding,
+        "one_core": settings.one_core,
         "one_at_a_time": {"requests_per_s": round(alone, 2)},
         "rows": [_row(clients, rounds[clients], alone) for clients in settings.clients],
     }
@@ -69,20 +75,27 @@ async def _measure(
     found: dict[int, list[tuple[Load, Load]]] = {clients: [] for clients in settings.clients}
     backend = LocalBackend(served, {KB: KbSpec(settings.kb)}, model)
     said = settings.grounding, settings.max_tokens
-    async with backend, over_http(address, f"asked:{KB}", *said) as over_wire:
-        local = in_process(backend, KB, *said)
+    cores = sorted(os.sched_getaffinity(0))
+    async with backend, over_http(address, f"asked:{KB}", *said, stream=settings.stream) as over_wire:
+        local = in_process(backend, KB, *said, stream=settings.stream)
         for ask in (local, over_wire):  # what is loaded and compiled at first use is not what is measured
             await closed_loop(ask, questions, max(settings.clients), lambda begun: begun < max(settings.clients))
         for number in range(settings.rounds):
             for clients in settings.clients:
-                pair = [await _some(ask, questions, clients) for ask in (local, over_wire)]
+                pair = [
+                    await _some(local, questions, clients, cores[:1] if settings.one_core else cores),
+                    await _some(over_wire, questions, clients, cores[1:] if settings.one_core else cores),
+                ]
                 found[clients].append((pair[0], pair[1]))
                 told = " and ".join(f"{load.per_second:.1f}" for load in pair)
                 print(f"round {number + 1}: {clients} clients: {told} per second", file=sys.stderr)
     return found
 
 
-async def _some(ask: Ask, questions: list[str], clients: int) -> Load:
+async def _some(ask: Ask, questions: list[str], clients: int, cores: list[int]) -> Load:
+    for thread in threading.enumerate():
+        if thread.native_id is not None:
+            os.sched_setaffinity(thread.native_id, cores)
     # One client needs no more than a part of the requests for a rate as steady as many clients give.
     num = len(questions) if clients > 4 else max(clients, len(questions) // 2)
     return await closed_loop(ask, questions, clients, lambda begun: begun < num)

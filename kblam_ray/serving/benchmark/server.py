@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,8 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from kblam_ray.errors import UnavailableError
 
@@ -28,8 +31,11 @@ main("serve", ServeSettings, serve)
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[str]:
+def running_server(*flags: str, one_core: bool = False) -> Iterator[str]:
     """The address of a server that answers, with these flags of `jobs/serve.py` and a free port.
+
+    Args:
+        one_core: the answerers have the first core for themselves, every other process of the server the other ones.
 
     Raises:
         UnavailableError: it ended, or does not answer in time.
@@ -41,10 +47,23 @@ def running_server(*flags: str) -> Iterator[str]:
         command = [sys.executable, "-c", _PROGRAM, *flags, "--port", str(port)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            yield _when_it_answers(process, f"http://127.0.0.1:{port}", log)
+            address = _when_it_answers(process, f"http://127.0.0.1:{port}", log)
+            if one_core:
+                _give_one_core(process.pid)
+            yield address
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+def _give_one_core(pid: int) -> None:
+    first, *others = sorted(os.sched_getaffinity(0))
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            is_answerer = "AnswererDeployment" in " ".join(process.cmdline())
+            # Every thread that there is: the library's are older than this call.
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, [first] if is_answerer else others or [first])
 
 
 def get(url: str) -> dict[str, Any]:

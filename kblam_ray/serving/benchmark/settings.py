@@ -25,6 +25,10 @@ class ServeBenchmark(_Served):
     clients: list[PositiveInt] = Field([1, 8, 32], min_length=1, description="closed-loop clients at a time")
     requests: PositiveInt = Field(200, description="requests of one measurement; one at a time: a fifth of them")
     rounds: PositiveInt = Field(3, description="measurements of each case, in turns")
+    stream: bool = Field(True, description="ask for streams, which tell when the first token came; else whole answers")
+    one_core: bool = Field(
+        False, description="give the engine one core, in this process and in the server, and all else the others"
+    )
 
 
 class RefreshBenchmark(_Served):
