@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import threading
 import uuid
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
-import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from kblam_ray.attention.attach import Attachment
 from kblam_ray.attention.batch import Segment
+from kblam_ray.attention.batching_parts import Choose, Chooser, Outputs, tokens_that_fit
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import GenerationError, InputError, UnsupportedModelError
 
@@ -46,17 +44,18 @@ CHILD = "__child#"
 """What the library puts between a request's name and the number of a further answer to it."""
 
 
-Choose = Callable[[torch.Tensor, Sequence[RequestState]], torch.Tensor]
-"""Changes the logits [rows, vocabulary], float32, before the engine takes the largest of each of the first rows: those
-of the requests given, in their order; further rows mean nothing. Called in the engine's thread."""
-
-
 @dataclass
 class _Request:
-    """A request that has not ended: its memory, and how many answers are still to come."""
+    """A request that has not ended.
+
+    Attributes:
+        remaining: answers that are still to come.
+        is_fetched: they are by `get_result`.
+    """
 
     memory: KnowledgeMemory | None
     remaining: int
+    is_fetched: bool
     is_cancelled: bool = False
 
 
@@ -113,11 +112,12 @@ class KnowledgeBatching:
         self._open.enter_context(self._attachment.packed(self))
         try:
             manager = self._model.init_continuous_batching(self._generation_config, self._config)
+            manager.output_router.output_queue = Outputs(self._is_fetched)
             if self._choose is not None:
-                manager.logit_processor.logits_processor.append(_Chooser(manager, self._choose))
+                manager.logit_processor.logits_processor.append(Chooser(manager, self._choose))
                 manager.logit_processor.do_processing = True
             manager.warmup()
-            self._capacity = _tokens_that_fit(manager.batch_processor.cache)
+            self._capacity = tokens_that_fit(manager.batch_processor.cache)
             manager.start()
         except BaseException:
             self._open.close()
@@ -203,7 +203,7 @@ class KnowledgeBatching:
         with self._lock:
             if request_id in self._requests:
                 raise InputError("a request of that id is running", where=request_id, help="give another request_id")
-            self._requests[request_id] = _Request(knowledge, self.manager.num_return_sequences)
+            self._requests[request_id] = _Request(knowledge, self.manager.num_return_sequences, on_output is None)
         if on_output is not None:
             self._listen(request_id, on_output)
         if self.manager.add_request(list(input_ids), request_id=request_id, **options) is None:
@@ -332,6 +332,11 @@ class KnowledgeBatching:
         if not self.manager.is_running():
             raise GenerationError("the engine stopped", where="KnowledgeBatching", help="its log says why")
 
+    def _is_fetched(self, request_id: str) -> bool:
+        with self._lock:
+            request = self._requests.get(_first(request_id))
+            return request is not None and request.is_fetched and not request.is_cancelled
+
     def _answered(self, request_id: str) -> None:
         with self._lock:
             request = self._requests.get(_first(request_id))
@@ -341,26 +346,6 @@ class KnowledgeBatching:
                     del self._requests[_first(request_id)]
 
 
-class _Chooser:
-    """Stands among the library's logits processors and says whose the rows are."""
-
-    supports_continuous_batching = True
-
-    def __init__(self, manager: Any, choose: Choose) -> None:
-        self._manager, self._choose = manager, choose
-
-    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        scheduled = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        return self._choose(logits, [request.state for request in scheduled if request.has_new_token])
-
-
 def _first(request_id: str) -> str:
     """Further answers to one prompt are requests of the library's own making, named after the first."""
     return request_id.partition(CHILD)[0]
-
-
-def _tokens_that_fit(cache: Any) -> int:
-    """Tokens of the longest request that an empty cache holds."""
-    empty = RequestState(request_id="", initial_tokens=[])
-    fits = partial(cache.can_store_request_tokens, empty, dry_run=True)
-    return bisect_left(range(1, cache.max_tokens_read + 1), True, key=lambda length: not fits(length))

@@ -498,6 +498,27 @@ def test_a_cancelled_request_lets_its_memory_go_before_the_engine_works_again(pa
     engine.cancel("a")  # whoever comes too late is not told off
 
 
+def test_what_a_cancelled_request_says_late_is_not_kept(paper: Attachment):
+    async def ask(engine: Watched) -> None:
+        outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
+        options: dict[str, Any] = {"max_new_tokens": 300, "streaming": True}
+        engine.add_request(PROMPTS[0], None, request_id="heard", on_output=outputs.put_nowait, **options)
+        engine.add_request(PROMPTS[0], None, request_id="fetched", **options)
+        await asyncio.wait_for(outputs.get(), 20)
+        for name in ("heard", "fetched"):
+            engine.cancel(name)
+            # What the step at work still says of it.
+            engine.manager.output_router.deliver(GenerationOutput(request_id=name))
+
+    with engine_of(paper) as engine:
+        asyncio.run(ask(engine))
+        assert engine.generate([PROMPTS[1]], [None]) == [alone(paper, PROMPTS[1], None)]
+        late = iter(lambda: engine.get_result(timeout=0.01), None)
+        assert {output.request_id for output in late} <= {"fetched"}
+        engine.manager.output_router.deliver(GenerationOutput(request_id="heard"))
+        assert engine.manager.output_router.output_queue.empty()
+
+
 def test_tokens_are_chosen_as_the_caller_wants_request_by_request(paper: Attachment):
     seen: list[list[str]] = []
 

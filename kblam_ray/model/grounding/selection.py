@@ -9,6 +9,7 @@ asked for, and in a question about two entities the second one's fact is read ho
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,15 @@ ASKED_SHARE = 0.3
 """Where words do not decide, a fact may be the one asked for whose score is at least this part of the best one's."""
 
 LINKS = frozenset(
-    """
+    re.findall(
+        r"\S+",
+        """
     and or then now also what how about of for in with the one a an und oder dann wie was ist mit von für in der die das
     et ou alors de du des la le les pour en y o e del para com do da
-    и а в для 那 那么 呢 的 は の では
-    """.split()
-) | set("那么呢的はのでには")
+    и а в для 那 么 呢 的 は の で に
+    """,
+    )
+)
 """Words of a follow-up that asks the same of another entity: "And of Peru?", "What about France?"."""
 
 MAX_NAMED = 256

@@ -51,7 +51,7 @@ class TokenChoice:
 
 
 class Sampler:
-    """Changes the logits of the rows that are sampled; see `attention.continuous.Choose`."""
+    """Changes the logits of the rows that are sampled; see `attention.batching_parts.Choose`."""
 
     def __init__(self) -> None:
         self._choices: dict[str, TokenChoice] = {}
