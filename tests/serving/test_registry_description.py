@@ -122,3 +122,18 @@ async def test_processes_that_are_gone_are_not_described():
     await asyncio.sleep(LEASE_S)
     found = await registry.describe()
     assert (found.knowledge_bases["capitals"].version, dict(found.processes), found.is_settled) == (None, {}, True)
+
+
+def test_a_table_that_was_made_anew_has_the_versions_that_it_has():
+    spec = KbSpec(URI, at_least=29)
+    told, untold = Wanted(2, {"capitals": spec}), Wanted(1, {"capitals": KbSpec(URI)})
+
+    def latest(wanted: Wanted, **fields) -> int | None:
+        report = kb_report(0, latest_version=0, **fields)
+        return describe("capitals", spec, {"p": answerer("p", wanted, capitals=report)}).latest_version
+
+    assert latest(told) == 0
+    # Whoever has not looked since he was told does not know.
+    assert latest(untold) == 29
+    assert latest(told, lag_s=0.1) == 29
+    assert latest(told, status="unreachable") == 29

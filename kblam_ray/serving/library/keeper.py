@@ -77,11 +77,13 @@ class Keeper:
         """Ask the table for news, fetch them, and serve them."""
         if served.status == "unloaded":
             served.status = "loading"
+        at_least = served.spec.at_least
         seen = await self._look(served, shelf)
         version = served.saw(seen)
         self._metrics.kb_latest_version.labels(kb=served.name).set(seen.log.version)
         if served.serves(version, seen.history):
-            if served.recover():
+            # A look that began before it was told of a newer version does not know; the next one follows at once.
+            if served.spec.at_least == at_least and served.recover():
                 self._announce(served)
             self._settle(served, None)
             self._measure(served)
@@ -92,6 +94,8 @@ class Keeper:
             served.poked.set()  # it was pinned elsewhere meanwhile
             return
         self._switch(served, kept)
+        if served.spec.at_least != at_least and (served.spec.at_least or 0) > kept.version:
+            served.fall_behind(time.monotonic())
 
     async def _look(self, served: Served, shelf: Shelf) -> Sighting:
         look = asyncio.ensure_future(shelf.look())

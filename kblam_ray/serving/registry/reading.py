@@ -32,6 +32,16 @@ def _would_load(report: ProcessReport, name: str, spec: KbSpec, version: int) ->
     return told is not None and told.at_least is not None and told.at_least >= version
 
 
+def _has_looked(report: ProcessReport, name: str, spec: KbSpec) -> bool:
+    """Whether a replica has read the table since it was told of `spec.at_least`.
+
+    Its newest version counts then, a smaller one too: of a table that was made anew, say.
+    """
+    told = report.wanted.knowledge_bases.get(name) if report.wanted is not None else None
+    found = report.knowledge_bases[name]
+    return told is not None and told.at_least == spec.at_least and found.status == "ready" and not found.lag_s
+
+
 def describe(name: str, spec: KbSpec, answerers: Mapping[str, ProcessReport]) -> KbDescription:
     """How a knowledge base stands.
 
@@ -58,11 +68,13 @@ def describe(name: str, spec: KbSpec, answerers: Mapping[str, ProcessReport]) ->
     serving = [report for report in known if report.status != "unloaded"] or known
     oldest = min(serving, key=lambda report: report.version or 0, default=None)
     seen = [number for report in reports.values() for number in (report.latest_version, report.version)]
+    if not all(_has_looked(answerers[process_id], name, spec) for process_id in reports) or not reports:
+        seen.append(spec.at_least)
     return KbDescription(
         name=name,
         uri=spec.uri,
         version=oldest.version if oldest else None,
-        latest_version=max((number for number in [*seen, spec.at_least] if number is not None), default=None),
+        latest_version=max((number for number in seen if number is not None), default=None),
         pinned=spec.version is not None,
         num_facts=oldest.num_facts if oldest else None,
         encoder=next((report.encoder for report in [*serving, *reports.values()] if report.encoder), None),
