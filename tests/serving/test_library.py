@@ -167,7 +167,7 @@ def test_thousands_of_requests_during_switches_see_whole_versions(uri):
                     newest = memory.version
                     num_asked += 1
                     seen.setdefault(newest, memory)
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.001)  # or the threads that fetch get no turn
 
             askers = [asyncio.create_task(ask()) for _ in range(50)]
             for value in range(1, last + 1):
