@@ -303,6 +303,25 @@ def test_what_requests_hold_is_not_unloaded(uris):
     run(test)
 
 
+def test_what_is_unloaded_while_its_table_is_looked_at_stays_so(uris):
+    async def test():
+        async with Follower() as it:
+            it.follow(kb0=uris[0])
+            await it.memory("kb0")
+            served = it.library._served["kb0"]
+            with blocked(it, "look") as block:
+                await it.until(lambda: block.is_holding)
+                it.library._unload(served.kept)
+                num_tries = block.num_held
+                block.set()
+                await asyncio.sleep(0.2)  # time enough to load it, were that begun
+                assert block.num_held == num_tries
+            assert loaded(it) == set()
+            assert values(await it.memory("kb0")) == {"0"}
+
+    run(test)
+
+
 def test_a_knowledge_base_larger_than_the_budget_is_kept_alone(uris):
     async def test():
         async with Follower(budget_bytes=1) as it:

@@ -80,6 +80,8 @@ class Keeper:
         at_least = served.spec.at_least
         seen = await self._look(served, shelf)
         version = served.saw(seen)
+        if served.may_rest:
+            return  # unloaded meanwhile: to load it again would unload what is asked for
         self._metrics.kb_latest_version.labels(kb=served.name).set(seen.log.version)
         if served.serves(version, seen.history):
             # A look that began before it was told of a newer version does not know; the next one follows at once.
