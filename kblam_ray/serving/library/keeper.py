@@ -92,6 +92,8 @@ class Keeper:
             return
         served.fall_behind(time.monotonic())
         kept = await shelf.obtain(version, seen)
+        if served.may_rest:
+            return
         if served.spec.version not in (None, version):
             served.poked.set()  # it was pinned elsewhere meanwhile
             return
