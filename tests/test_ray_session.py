@@ -22,6 +22,8 @@ def test_a_failure_to_start_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Exception("The current node timed out during startup.\nmore")
 
     monkeypatch.setattr(ray, "init", fail)
+    # Other tests of this process have a Ray of their own.
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(RayStartError, match=r"timed out during startup\. \(local Ray\)"):
