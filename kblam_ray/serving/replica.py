@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import GenerationError, InputError, KblamError, NotServedError, TableNotFoundError
 from kblam_ray.model import KnowledgeModel
 from kblam_ray.model.matching import require_encoder
@@ -93,7 +94,7 @@ class Replica:
         await self._library.start()
         # The lease comes first: who waits for a version counts this replica from before it reads any.
         await self._report()
-        await self._follow(await self._registry.wanted())
+        self._follow(await self._registry.wanted())
         self._tasks = [asyncio.create_task(self._keep_reporting()), asyncio.create_task(self._keep_following())]
         while any(report.status == "loading" for report in self._library.reports().values()):
             # Waiting for an event that is set and that others clear would let nobody run.
@@ -176,7 +177,7 @@ class Replica:
 
         return await asyncio.to_thread(look)
 
-    async def _memory(self, question: Question):
+    async def _memory(self, question: Question) -> KnowledgeMemory | None:
         if question.kb is None:
             if question.min_kb_version is not None:
                 raise InputError(
@@ -198,15 +199,15 @@ class Replica:
             wanted = await self._registry.wanted()
             if kb.name not in wanted.knowledge_bases:
                 raise
-            await self._follow(wanted)
+            self._follow(wanted)
             return await ask()
 
-    def _selection(self, question: Question, memory) -> str:
+    def _selection(self, question: Question, memory: KnowledgeMemory | None) -> str:
         if question.selection is not None:
             return question.selection
         return "all" if memory is None else self.library.selection_for(memory)
 
-    async def _follow(self, wanted: Wanted) -> None:
+    def _follow(self, wanted: Wanted) -> None:
         self._wanted = wanted
         self.library.follow(wanted)
 
@@ -243,7 +244,7 @@ class Replica:
                 await asyncio.sleep(RETRY_S)
                 continue
             if wanted.revision != self._wanted.revision:
-                await self._follow(wanted)
+                self._follow(wanted)
 
 
 def one_thread_per_core(settings: ServeSettings) -> None:
