@@ -28,6 +28,7 @@ PACKAGES = {
     "remote": ["openai"],
     "hashing": ["scikit-learn"],
     "ray": ["ray"],
+    "evaluate": ["bert-score", "bm25s", "jinja2", "matplotlib", "rouge-score"],
     "train": ["deepspeed", "tensorboardX"],
     "serve": ["fastapi", "prometheus-client", "faiss-cpu"],
     "extract": ["pypdf", "beautifulsoup4", "markdown-it-py"],

