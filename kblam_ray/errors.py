@@ -237,3 +237,16 @@ class UnavailableError(KblamError):
     """What must answer cannot do so now: no replica, or none in time."""
 
     code = "unavailable"
+
+
+class NotServedInTimeError(UnavailableError):
+    """A change is made and durable, and not every replica serves it yet."""
+
+    code = "not_served_in_time"
+
+    def __init__(self, kb_version: int, timeout_s: float) -> None:
+        super().__init__(
+            f"after {timeout_s:g} s not every replica serves version {kb_version}",
+            help="the change stands: do not repeat it; GET the knowledge base to see its version",
+        )
+        self.kb_version = kb_version

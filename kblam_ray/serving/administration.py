@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kblam_ray.errors import ConflictError, InputError, NotServedError
+from kblam_ray.errors import ConflictError, InputError, NotServedError, NotServedInTimeError
 from kblam_ray.serving.messages import Written
 from kblam_ray.serving.settings import KB_NAME
 from kblam_ray.serving.wanted import KbDescription, KbSpec, Overview, RegistryLike, TableFound
@@ -79,8 +79,8 @@ class Administration:
             )
         found = await self._inspect(uri, version)
         wanted = await self._registry.put(name, found.uri, version)
-        if wait:
-            await self._registry.wait_served(name, found.version, timeout_s)
+        if wait and not await self._registry.wait_served(name, found.version, timeout_s):
+            raise NotServedInTimeError(found.version, timeout_s)
         known = (await self._registry.describe()).knowledge_bases.get(name)
         is_current = known is not None and known.uri == found.uri and known.pinned == (version is not None)
         if known is not None and is_current:

@@ -49,7 +49,11 @@ class Backend(Protocol):
     async def put_knowledge_base(
         self, name: str, uri: str, version: int | None, *, wait: bool = False, timeout_s: float = 30
     ) -> KbDescription:
-        """Serve a table from now on, or at another version; checked before anything changes."""
+        """Serve a table from now on, or at another version; checked before anything changes.
+
+        Raises:
+            NotServedInTimeError: `wait`, and not every replica serves it by then; the change stands.
+        """
 
     async def remove_knowledge_base(self, name: str) -> None:
         """Stop serving it; the table stays."""

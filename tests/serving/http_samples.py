@@ -16,7 +16,14 @@ from typing import Any
 import httpx
 import uvicorn
 
-from kblam_ray.errors import ConflictError, InputError, KblamError, NotServedError, TableNotFoundError
+from kblam_ray.errors import (
+    ConflictError,
+    InputError,
+    KblamError,
+    NotServedError,
+    NotServedInTimeError,
+    TableNotFoundError,
+)
 from kblam_ray.facts import Fact, fact_id
 from kblam_ray.serving.http.access import Keys
 from kblam_ray.serving.http.app import create_app
@@ -188,6 +195,8 @@ class MemoryBackend:
         if versions is None or (version is not None and version >= len(versions)):
             raise TableNotFoundError("there is no table with this version", where=uri, help="write one")
         self.served[name] = KbSpec(uri, version)
+        if wait and self.failures.unserved:
+            raise NotServedInTimeError(len(versions) - 1 if version is None else version, timeout_s)
         return self._describe(name)
 
     async def remove_knowledge_base(self, name: str) -> None:

@@ -235,6 +235,12 @@ def test_a_write_that_is_not_served_in_time_says_that_it_stands(client, backend)
         assert error_of(response)["code"] == "not_served_in_time"
     assert version == 4
     assert client("POST", FACTS_PATH, {"facts": [LIMA]}).status_code == 200  # nobody waited
+    for pin in (1, None):
+        path = FACTS_PATH.removesuffix("/facts")
+        response = client("PUT", f"{path}?wait=true&timeout_s=0", {"uri": URI, "version": pin})
+        wanted = len(backend.tables[URI]) - 1 if pin is None else pin
+        assert (response.status_code, error_of(response)["kb_version"]) == (503, wanted)
+        assert client("PUT", path, {"uri": URI, "version": pin}).status_code == 200
 
 
 @pytest.mark.parametrize("query", ["timeout_s=-1", "timeout_s=601", "timeout_s=nan", "timeout_s=inf", "wait=perhaps"])

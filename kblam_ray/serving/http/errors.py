@@ -54,19 +54,6 @@ class RefusedError(HTTPException):
         self.error = error
 
 
-class NotServedInTimeError(e.UnavailableError):
-    """A change is made and durable, and not every replica serves it yet."""
-
-    code = "not_served_in_time"
-
-    def __init__(self, kb_version: int, timeout_s: float) -> None:
-        super().__init__(
-            f"after {timeout_s:g} s not every replica serves version {kb_version}",
-            help="the change stands: do not repeat it; GET the knowledge base to see its version",
-        )
-        self.kb_version = kb_version
-
-
 def status_of(error: e.KblamError) -> int:
     """The HTTP status of an error."""
     return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
@@ -85,7 +72,7 @@ def body_of(error: e.KblamError, *, code: str | None = None, param: str | None =
         message=_shown(str(error)), type=_type_of(status_of(error)), param=param, code=code or error.code
     )
     body = ErrorBody(error=detail)
-    if isinstance(error, NotServedInTimeError):
+    if isinstance(error, e.NotServedInTimeError):
         # Beside `error` as in the answer of a write that is served; inside it for clients that keep only that.
         body.kb_version = detail.kb_version = error.kb_version
     return body

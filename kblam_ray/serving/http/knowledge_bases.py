@@ -8,7 +8,6 @@ from dataclasses import asdict
 from fastapi import Request
 from starlette.responses import Response
 
-from kblam_ray.serving.http.errors import NotServedInTimeError
 from kblam_ray.serving.http.naming import KbPath, unknown_kb
 from kblam_ray.serving.http.routes import asking_router, writing_router
 from kblam_ray.serving.http.schema.errors import errors
@@ -74,9 +73,6 @@ async def put_knowledge_base(
     work = services.backend.put_knowledge_base(name, body.uri, body.version, wait=wait, timeout_s=timeout_s)
     served = await within(work, write_deadline(services, wait, timeout_s))
     note(request, kb_version=served.version)
-    if wait and (served.version is None or (body.version is not None and served.version != body.version)):
-        wanted = served.latest_version if body.version is None else body.version
-        raise NotServedInTimeError(wanted or 0, timeout_s)
     return reply(_body(served))
 
 

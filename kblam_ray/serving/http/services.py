@@ -15,10 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 import kblam_ray
-from kblam_ray.errors import UnavailableError
+from kblam_ray.errors import NotServedInTimeError, UnavailableError
 from kblam_ray.serving.backend import Backend
 from kblam_ray.serving.http.access import Keys
-from kblam_ray.serving.http.errors import NotServedInTimeError
 from kblam_ray.serving.http.schema.base import ResponseBody
 from kblam_ray.serving.http.schema.chat_request import Grounding
 from kblam_ray.serving.messages import Written
