@@ -22,7 +22,8 @@ from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.attention.adapter.config import AdapterConfig
 from kblam_ray.errors import InputError
 from kblam_ray.evaluation.attending import attention_outcomes
-from kblam_ray.evaluation.baselines.run import baseline_outcomes
+from kblam_ray.evaluation.baselines.bm25 import library
+from kblam_ray.evaluation.baselines.run import baseline_outcomes, needs_encoder
 from kblam_ray.evaluation.outcomes import SCHEMA, Outcome, System, rows_table
 from kblam_ray.evaluation.own_questions import OwnQuestion, own_set
 from kblam_ray.evaluation.question_embeddings import RememberingEncoder
@@ -44,7 +45,7 @@ class SizeEvaluation:
         facts: the knowledge base.
         questions: in the order of each list of outcomes.
         outcomes: by way of answering.
-        left_out: what was to be asked and cannot be, and why.
+        left_out: kinds of question and baselines that were wanted and cannot be had, and why.
     """
 
     facts: EmbeddedFacts
@@ -102,7 +103,7 @@ def evaluate(
     """Ask a model questions about facts and say how it did.
 
     The model is left as it was; training may call this between two steps. Without a prior to evaluate, a selection and
-    baselines, no encoder is loaded.
+    baselines that embed questions, no encoder is loaded.
 
     Args:
         model: with a tokenizer.
@@ -115,6 +116,7 @@ def evaluate(
         InputError: more facts wanted than there are, a prior wanted that the adapter has not, nothing to ask.
         EncoderMismatchError: the facts or the encoder are not the adapter's.
         EncoderNotFoundError, EncoderError: the encoder must read questions and cannot.
+        MissingDependencyError: a baseline needs a package that is not installed.
     """
     adapter = model.adapter
     require_encoder(adapter.config, facts.encoder, where="facts")
@@ -127,12 +129,14 @@ def evaluate(
         raise InputError(
             f"{max(settings.num_facts)} facts of {len(facts)}", where="num_facts", help="ask for fewer, or embed more"
         )
+    if "bm25" in settings.baseline:
+        library()
     notes: list[str] = []
     priors = priors_of(adapter.config, settings.prior)
     if settings.prior is None and True not in priors:
         notes.append("the adapter has no question prior: attention alone")
-    needs_encoder = True in priors or settings.baseline or settings.selection != "all"
-    encoder = RememberingEncoder(model.prior.encoder) if needs_encoder else None
+    is_read = True in priors or settings.selection != "all" or needs_encoder(settings)
+    encoder = RememberingEncoder(model.prior.encoder) if is_read else None
     if adapter.config.refusal_threshold is None:
         notes.append("the adapter has no refusal threshold: a question counts as refused by the answer's text alone")
     sizes = []
@@ -165,9 +169,10 @@ def _evaluate_size(
     for has_prior in priors:
         with prior_set(model.adapter, has_prior):
             outcomes |= attention_outcomes(task, has_prior=has_prior)
-    if encoder is not None and settings.baseline:
-        outcomes |= baseline_outcomes(task, QuestionPrior.of(model.adapter.config, encoder))
-    return SizeEvaluation(chosen.facts, chosen.questions, outcomes, chosen.left_out)
+    prior = None if encoder is None else QuestionPrior.of(model.adapter.config, encoder)
+    left_out = dict(chosen.left_out)
+    outcomes |= baseline_outcomes(task, prior, left_out)
+    return SizeEvaluation(chosen.facts, chosen.questions, outcomes, left_out)
 
 
 def priors_of(config: AdapterConfig, wanted: bool | None) -> list[bool]:
