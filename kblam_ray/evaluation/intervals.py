@@ -28,7 +28,7 @@ class Estimate:
     Attributes:
         value: None where there is nothing to measure, as the precision of a model that refused nothing.
         low, high: ends of the interval; None with `value`.
-        count: questions it rests on.
+        count: questions, texts or rounds it rests on.
     """
 
     value: float | None
@@ -37,9 +37,15 @@ class Estimate:
     count: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        """`value, low, high, count`, to four places."""
-        rounded = (None if number is None else round(number, 4) for number in (self.value, self.low, self.high))
+        """`value, low, high, count`, to four places, or to three digits where that is more."""
+        rounded = (None if number is None else _rounded(number) for number in (self.value, self.low, self.high))
         return dict(zip(("value", "low", "high"), rounded, strict=True)) | {"count": self.count}
+
+
+def _rounded(number: float) -> float:
+    # Of seconds and divergences four places may be nothing but noughts.
+    magnitude = math.floor(math.log10(abs(number))) if number and math.isfinite(number) else 0
+    return round(number, max(4, 2 - magnitude))
 
 
 NOTHING = Estimate(None, None, None, 0)

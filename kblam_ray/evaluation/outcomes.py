@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from kblam_ray.evaluation.metrics import exact_match, retrieved_at, token_f1
 from kblam_ray.evaluation.questions import Asked
 from kblam_ray.evaluation.statements import ValueIndex
+from kblam_ray.evaluation.wording import BertScore, reference, rouge
 
 AT = (1, 5)
 """The k of retrieval @k."""
@@ -21,7 +22,7 @@ class System:
     """A way of answering.
 
     Attributes:
-        name: `attention` (the model with its adapter), or a baseline: `cosine`, `dense`.
+        name: `attention` (the model with its adapter), or a baseline: `cosine`, `dense`, ...
         prior: attention with the question prior; None for baselines.
         grounding: of the answers; None where only retrieval is looked at, and for baselines.
     """
@@ -45,6 +46,7 @@ class Outcome:
         refused: whether the question was refused.
         text: the answer.
         is_exact, precision, recall, f1: of the answer, see `metrics`.
+        rouge_1, rouge_2, rouge_l, bert_score: of the answer, see `wording`; BERTScore comes with `with_bert_scores`.
         is_cited: whether all wanted facts are among the citations.
     """
 
@@ -56,6 +58,10 @@ class Outcome:
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
+    rouge_1: float | None = None
+    rouge_2: float | None = None
+    rouge_l: float | None = None
+    bert_score: float | None = None
     is_cited: bool | None = None
 
     def retrieved_at(self, k: int) -> bool | None:
@@ -76,13 +82,18 @@ def judged(
     Args:
         values: of all facts of the knowledge base.
         cited: rows of the facts cited, where the way of answering cites.
+
+    Raises:
+        MissingDependencyError: rouge-score is not installed.
     """
     is_cited = None
     if cited is not None and question.wanted:
         is_cited = set(question.wanted) <= set(cited)
     if not question.values:
         return Outcome(statistic=statistic, refused=refused, text=text, is_cited=is_cited)
-    precision, recall, f1 = token_f1(text, " ".join(question.values), given=question.given, names=question.names)
+    wanted = reference(question.values)
+    precision, recall, f1 = token_f1(text, wanted, given=question.given, names=question.names)
+    shared = rouge(text, wanted)
     return Outcome(
         statistic=statistic,
         refused=refused,
@@ -91,8 +102,38 @@ def judged(
         precision=precision,
         recall=recall,
         f1=f1,
+        rouge_1=shared.rouge_1,
+        rouge_2=shared.rouge_2,
+        rouge_l=shared.rouge_l,
         is_cited=is_cited,
     )
+
+
+def with_bert_scores(
+    questions: Sequence[Asked], outcomes: Mapping[System, Sequence[Outcome]], scorer: BertScore
+) -> dict[System, list[Outcome]]:
+    """The outcomes with BERTScore for every answer that is judged; answers alike are scored once.
+
+    Args:
+        questions: in the order of each list of outcomes.
+    """
+    pairs = {
+        (outcome.text, reference(question.values)): 0.0
+        for found in outcomes.values()
+        for question, outcome in zip(questions, found, strict=True)
+        if outcome.text is not None and outcome.is_exact is not None
+    }
+    texts, wanted = [text for text, _ in pairs], [values for _, values in pairs]
+    pairs = dict(zip(pairs, scorer.f1(texts, wanted), strict=True))
+    return {
+        system: [
+            outcome
+            if outcome.text is None or outcome.is_exact is None
+            else replace(outcome, bert_score=pairs[outcome.text, reference(question.values)])
+            for question, outcome in zip(questions, found, strict=True)
+        ]
+        for system, found in outcomes.items()
+    }
 
 
 SCHEMA = pa.schema(
@@ -117,6 +158,7 @@ SCHEMA = pa.schema(
         ("precision", pa.float64()),
         ("recall", pa.float64()),
         ("f1", pa.float64()),
+        *((name, pa.float64()) for name in ("rouge_1", "rouge_2", "rouge_l", "bert_score")),
         ("is_cited", pa.bool_()),
     ]
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from kblam_ray.evaluation.calibration import calibration
 from kblam_ray.evaluation.intervals import mean, wilson
 from kblam_ray.evaluation.metrics import area_under_curve, refusal_report
 from kblam_ray.evaluation.outcomes import AT, Outcome, System
@@ -15,18 +17,32 @@ from kblam_ray.evaluation.questions import Asked
 ALL = "all"
 """The group of all questions, whatever their kind."""
 
+ANSWER_FIGURES = ("precision", "recall", "f1", "rouge_1", "rouge_2", "rouge_l", "bert_score")
+
 Pair = tuple[Asked, Outcome]
 
 
-def result(system: System, questions: Sequence[Asked], outcomes: Sequence[Outcome], *, seed: int = 0) -> dict[str, Any]:
-    """`system, prior, grounding`, and what of `retrieval, answers, citations, refusal` there is.
+def result(
+    system: System,
+    questions: Sequence[Asked],
+    outcomes: Sequence[Outcome],
+    *,
+    seed: int = 0,
+    threshold: float | None = None,
+    is_probability: bool = False,
+) -> dict[str, Any]:
+    """`system, prior, grounding`, and what of `retrieval, answers, citations, refusal, calibration` there is.
 
-    Each of the latter is a mapping from groups (`all`, and each kind that has answers) to figures: `@1, @5`;
-    `exact_match, precision, recall, f1`; `recall`; `precision, recall, f1, area_under_curve`. A figure is
-    `value, low, high, count`. The refusal of a kind is over its questions and a like share of those without an answer.
+    Each of the first four is a mapping from groups (`all`, and each kind that has answers) to figures: `@1, @5`;
+    `exact_match, precision, recall, f1, rouge_1, rouge_2, rouge_l` and, where it was measured, `bert_score`; `recall`;
+    `precision, recall, f1, area_under_curve`. A figure is `value, low, high, count`. The refusal of a kind is over its
+    questions and a like share of those without an answer. `calibration` is that of the statistic over all questions,
+    see `calibration.calibration`; a grounding has the statistic of attention without one, and it is given there only.
 
     Args:
         seed: of the bootstrap.
+        threshold: below it the system refuses.
+        is_probability: its statistic is one.
     """
     pairs = list(zip(questions, outcomes, strict=True))
     answerable = [pair for pair in pairs if pair[0].should_answer is not False]
@@ -47,6 +63,13 @@ def result(system: System, questions: Sequence[Asked], outcomes: Sequence[Outcom
     }
     if refusal[ALL]:
         found["refusal"] = {group: those for group, those in refusal.items() if those}
+    scored = _scored(pairs)
+    # Of a broken adapter a statistic may be no number: it has no place on a curve.
+    if system.grounding is None and scored and all(math.isfinite(statistic) for statistic, _ in scored):
+        statistics, should_answer = zip(*scored, strict=True)
+        found["calibration"] = calibration(
+            statistics, should_answer, threshold=threshold, is_probability=is_probability, seed=seed
+        )
     return found
 
 
@@ -63,11 +86,12 @@ def _answers(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
     judged = [outcome for _, outcome in pairs if outcome.is_exact is not None]
     if not judged:
         return {}
-    exact = wilson(sum(bool(outcome.is_exact) for outcome in judged), len(judged))
-    return {"exact_match": exact.to_json()} | {
-        name: mean(np.array([getattr(outcome, name) for outcome in judged]), seed=seed).to_json()
-        for name in ("precision", "recall", "f1")
-    }
+    found = {"exact_match": wilson(sum(bool(outcome.is_exact) for outcome in judged), len(judged)).to_json()}
+    for name in ANSWER_FIGURES:
+        measured = [value for outcome in judged if (value := getattr(outcome, name)) is not None]
+        if measured:
+            found[name] = mean(np.array(measured), seed=seed).to_json()
+    return found
 
 
 def _citations(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
@@ -78,13 +102,26 @@ def _citations(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
 def _refusal(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
     known = [(question.should_answer, outcome) for question, outcome in pairs if question.should_answer is not None]
     found: dict[str, Any] = {}
-    # Without both sorts of question there is nothing to tell apart.
-    if {should for should, _ in known} != {True, False}:
+    if not _both_sorts(should for should, _ in known):
         return found
     refused = [(bool(outcome.refused), not should) for should, outcome in known if outcome.refused is not None]
     if refused:
         found |= refusal_report(*zip(*refused, strict=True), seed=seed).to_json()
-    scored = [(outcome.statistic, should) for should, outcome in known if outcome.statistic is not None]
-    if scored:
+    if scored := _scored(pairs):
         found["area_under_curve"] = area_under_curve(*zip(*scored, strict=True), seed=seed).to_json()
     return found
+
+
+def _scored(pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+    """Statistic and whether there is an answer, of the questions of which both are known; none if they are alike."""
+    found = [
+        (outcome.statistic, question.should_answer)
+        for question, outcome in pairs
+        if outcome.statistic is not None and question.should_answer is not None
+    ]
+    return found if _both_sorts(should for _, should in found) else []
+
+
+def _both_sorts(should_answer: Iterable[bool]) -> bool:
+    """Whether there are questions with an answer and others: else there is nothing to tell apart."""
+    return set(should_answer) == {True, False}
