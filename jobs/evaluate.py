@@ -1,14 +1,21 @@
-"""Evaluate a model with its adapter on a knowledge base: retrieval, answers, refusals, beside baselines.
+"""Evaluate adapters on knowledge bases: retrieval, answers, refusals, cost, beside baselines on the same base model.
 
     python jobs/evaluate.py --kb kb/world --output results/world
-    python jobs/evaluate.py --synthetic 10000 --num-facts 100 --num-facts 10000 --output results/synthetic
-    python jobs/evaluate.py --base-model models/llama --adapter adapters/world --kb kb/world --questions own.jsonl \\
-        --output results/own
+    python jobs/evaluate.py --input cities.csv --input nouns=wordnet.jsonl.gz --output results/real
+    python jobs/evaluate.py --synthetic 100000 --num-facts 100 --num-facts 10000 --num-facts 100000 \\
+        --selection all --selection similar:64 --interference 0 --interference 10000 --cost 100 --cost 10000 \\
+        --num-workers 8 --output s3://bucket/results/synthetic
+    python jobs/evaluate.py --base-model models/llama --adapter paper=adapters/a --adapter shared=adapters/b \\
+        --kb kb/world --kb-scale 10 --kb-scale 100 --held-out 0.1 --entities held_out --entities trained \\
+        --output results/two
+    python jobs/evaluate.py --kb kb/world --questions own.jsonl --output results/own
     python jobs/evaluate.py --kb kb/world --question "What is the capital of Peru?"
 
-With neither --base-model nor --adapter the demo's are used. The output folder gets rows.parquet (a row per size, way of
-answering and question), summary.json (figures with 95 % confidence intervals) and report.md (the same as tables). With
---question the summary has `text`, `citations`, `refused` and `kb_version`.
+With neither --base-model nor --adapter the demo's are used. Settings that can be given several times make a sweep over
+every combination of them. The output folder gets rows.parquet (a row per question and way of answering), summary.json
+(figures with 95 % confidence intervals), report.html with its plots, and report.md. What is done is kept there, unit by
+unit: the same command again does what is missing and no more. With --question the summary has `text`, `citations`,
+`refused` and `kb_version`.
 """
 
 from typing import Any
@@ -21,18 +28,18 @@ from kblam_ray.job import main
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     try:
         from kblam_ray.evaluation.job import run
+        from kblam_ray.evaluation.sources import named
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "kblam_ray":
             raise
         raise MissingDependencyError(
-            f"an evaluation needs the package {error.name}", help='pip install "kblam-ray[model]"'
+            f"an evaluation needs the package {error.name}", help='pip install "kblam-ray[model,evaluate]"'
         ) from None
-    base_model, adapter = settings.base_model, settings.adapter
-    if base_model is None or adapter is None:
+    if settings.base_model is None:
         from kblam_ray.demo import shipped
 
-        base_model, adapter = str(shipped.BASE_MODEL), str(shipped.ADAPTER)
-    return run(settings, base_model, adapter)
+        return run(settings, str(shipped.BASE_MODEL), {"demo": str(shipped.ADAPTER)})
+    return run(settings, settings.base_model, named(settings.adapter, "--adapter"))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,12 @@ class GenerationError(KblamError):
     code = "generation_failed"
 
 
+class EvaluationError(KblamError):
+    """The workers that evaluate died more often than they are started again."""
+
+    code = "evaluation_failed"
+
+
 class TrainingError(KblamError):
     """A training cannot start, go on or be resumed."""
 

@@ -1,126 +1,121 @@
-"""Evaluation as a job: from settings to files, or one question answered."""
+"""Evaluation as a job: from settings to files and a report, or one question answered."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
 
-from kblam_ray.encoders.settings import EncoderSettings
-from kblam_ray.errors import InputError, TableNotFoundError
+from kblam_ray.evaluation.outcomes import System
 from kblam_ray.evaluation.own_questions import read_questions
-from kblam_ray.evaluation.report import markdown
-from kblam_ray.evaluation.run import evaluate, prior_set, priors_of
-from kblam_ray.evaluation.settings import EvaluateSettings, EvaluationSettings
-from kblam_ray.facts.synthetic.generator import SyntheticFacts
+from kblam_ray.evaluation.report import sweep_markdown
+from kblam_ray.evaluation.run import prior_set, priors_of
+from kblam_ray.evaluation.settings import EvaluateSettings
+from kblam_ray.evaluation.sources import sources_of
+from kblam_ray.evaluation.sweep.run import SweepResult, sweep
+from kblam_ray.facts.writing import new_file
 from kblam_ray.model.knowledge_model import KnowledgeModel
 from kblam_ray.model.matching import require_encoder
-from kblam_ray.storage import filesystem, join, normalize, storage_errors
-from kblam_ray.table.embedded import EmbeddedFacts
+from kblam_ray.storage import join, normalize
 from kblam_ray.table.knowledge_base import KnowledgeBase
 
 
-def run(settings: EvaluateSettings, base_model: str, adapter: str) -> dict[str, Any]:
-    """Answer the question, or evaluate and write `rows.parquet`, `summary.json` and `report.md`.
+def run(settings: EvaluateSettings, base_model: str, adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Answer the question, or evaluate and write `rows.parquet`, `summary.json` and the report.
 
     Args:
-        base_model, adapter: names or folders.
+        base_model: a name or folder.
+        adapters: names or folders, by the name that each has in the report.
 
     Returns:
-        The job's summary: of a question `text, citations, refused, kb_version`, else what `summary.json` has.
+        The job's summary: of a question `text, citations, refused, kb_version`, else `output, num_units, num_resumed,
+        num_questions, report, results`.
 
     Raises:
         InputError: settings that do not fit each other, the facts or the adapter.
         EncoderMismatchError: the table was made with another encoder than the adapter's.
         StorageError: the output cannot be written.
+        KblamError: what else `sweep` raises.
     """
+    if settings.question is not None:
+        (adapter,) = adapters.values()
+        return _answered(settings, settings.question, base_model, adapter)
     own = read_questions(settings.questions) if settings.questions else None
-    # Before the base model, which may take minutes to load.
-    kb = KnowledgeBase.open(settings.kb, settings.kb_version) if settings.kb else None
-    model = KnowledgeModel.from_pretrained(base_model, adapter, device=settings.device, dtype=settings.dtype)
-    if settings.question and kb is not None:
-        return _answered(model, kb, settings)
-    if kb is None:
-        kb = _synthetic(model, settings)
-    require_encoder(model.adapter.config, kb.encoder, where=kb.uri)
+    note = {"command": shlex.join(sys.argv)}
+    found = sweep(settings, base_model, adapters, own=own, progress=_tell, note=note)
     output = normalize(settings.output or "")
-    # Before the evaluation, which may take hours: a place that cannot be written is found now.
-    with storage_errors(output):
-        store, path = filesystem(output)
-        store.create_dir(path, recursive=True)
-    asked = EvaluationSettings(**{name: getattr(settings, name) for name in EvaluationSettings.model_fields})
-    evaluation = evaluate(model, EmbeddedFacts.of(kb), asked, own=own, progress=_tell)
-    config = model.adapter.config
-    summary: dict[str, Any] = {
-        "kb": kb.uri,
-        "kb_version": kb.version,
-        "base_model": base_model,
-        "adapter": adapter,
-        "kind": config.kind,
-        "encoder": config.encoder.model_dump() if config.encoder else None,
-        "refusal_threshold": config.refusal_threshold,
-        "settings": _json(asked),
-        **evaluation.summary(),
+    _write(output, found)
+    return {
+        "output": output,
+        "num_units": found.num_units,
+        "num_resumed": found.num_resumed,
+        "num_questions": sum(
+            sum(unit["size"]["num_questions"].values()) for unit in found.summary["units"] if "size" in unit
+        ),
+        "report": join(output, "report.md"),
+        "results": results_of(found.summary),
     }
-    _write(output, evaluation.rows, summary)
-    return {"output": output, **summary}
 
 
-def _answered(model: KnowledgeModel, kb: KnowledgeBase, settings: EvaluateSettings) -> dict[str, Any]:
-    grounding = settings.grounding[0] if "grounding" in settings.model_fields_set else "cite"
+def results_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A sweep's main figures without their intervals, for each unit that asks questions and way of answering."""
+    return [
+        {
+            **{name: unit[name] for name in ("source", "candidate", "selection", "kb_scale", "entities")},
+            "num_facts": unit["size"]["num_facts"],
+            "system": str(System(result["system"], result["prior"], result["grounding"])),
+            "retrieval_at_1": _value(result, "retrieval", "@1"),
+            "exact_match": _value(result, "answers", "exact_match"),
+            "refusal_f1": _value(result, "refusal", "f1"),
+        }
+        for unit in summary["units"]
+        if unit["part"] == "questions"
+        for result in unit["size"]["results"]
+    ]
+
+
+def _value(result: Mapping[str, Any], part: str, figure: str) -> float | None:
+    value: float | None = result.get(part, {}).get("all", {}).get(figure, {}).get("value")
+    return value
+
+
+def _answered(settings: EvaluateSettings, question: str, base_model: str, adapter: str) -> dict[str, Any]:
+    (source,) = sources_of(settings)
+    # Before the base model, which may take minutes to load.
+    kb = KnowledgeBase.open(source.place, settings.kb_version)
+    model = KnowledgeModel.from_pretrained(base_model, adapter, device=settings.device, dtype=settings.dtype)
+    require_encoder(model.adapter.config, kb.encoder, where=kb.uri)
+    if settings.kb_scale:
+        model.adapter.configure(kb_scale=settings.kb_scale[0])
     # What the adapter has, unless the flag says otherwise.
     has_prior = priors_of(model.adapter.config, settings.prior)[-1]
     memory = model.load(kb, form=settings.form)
     with prior_set(model.adapter, has_prior):
         answer = model.ask(
-            settings.question or "",
+            question,
             memory,
-            grounding=grounding,
-            selection=settings.selection,
+            grounding=settings.grounding[0] if "grounding" in settings.model_fields_set else "cite",
+            selection=settings.selection[0],
             max_new_tokens=settings.max_new_tokens,
         )
     return answer.to_json()
-
-
-def _synthetic(model: KnowledgeModel, settings: EvaluateSettings) -> KnowledgeBase:
-    """The synthetic facts as a table under the output: made there once, by the adapter's encoder."""
-    encoder = model.adapter.config.encoder
-    if encoder is None:
-        raise InputError(
-            "the adapter does not say which encoder it reads", where="--synthetic", help="give a table: --kb"
-        )
-    named = EncoderSettings(name=encoder.name, expected_revision=encoder.revision)
-    num_facts, seed = settings.synthetic or 0, settings.synthetic_seed
-    uri = join(normalize(settings.output or ""), f"synthetic-{num_facts}-{seed}-{encoder.revision[:8]}")
-    try:
-        return KnowledgeBase.open(uri)
-    except TableNotFoundError:
-        _tell(f"embedding {num_facts:,} synthetic facts into {uri}")
-    kb = KnowledgeBase.create(uri, named)
-    kb.upsert(SyntheticFacts(seed).facts(0, num_facts))
-    return kb
 
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _json(settings: BaseModel) -> dict[str, Any]:
-    return settings.model_dump(mode="json")
-
-
-def _write(output: str, rows: pa.Table, summary: dict[str, Any]) -> None:
-    with storage_errors(output):
-        store, path = filesystem(output)
-        pq.write_table(rows, join(path, "rows.parquet"), filesystem=store)
-        texts = {
-            "summary.json": json.dumps(summary, ensure_ascii=False, indent=1) + "\n",
-            "report.md": markdown(summary),
-        }
-        for name, text in texts.items():
-            with store.open_output_stream(join(path, name)) as stream:
-                stream.write(text.encode("utf-8"))
+def _write(output: str, found: SweepResult) -> None:
+    stream = pa.BufferOutputStream()
+    pq.write_table(found.rows, stream)
+    text = json.dumps(found.summary, ensure_ascii=False, indent=1) + "\n"
+    files = {"rows.parquet": stream.getvalue(), "summary.json": text.encode("utf-8")}
+    files["report.md"] = sweep_markdown(found.summary).encode("utf-8")
+    for name, data in files.items():
+        with new_file(join(output, name)) as file:
+            file.write(data)

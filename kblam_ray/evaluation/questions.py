@@ -98,18 +98,18 @@ class EvaluationSet:
         Args:
             pool: where facts are drawn from.
             num_facts: how many; None: all of them.
-            settings: kinds, numbers, held-out share and seed. With a held-out share, facts of held-out entities are
-                taken first, others only to fill up, and nothing is asked about those others.
+            settings: kinds, numbers, held-out share and seed. With a held-out share, facts of the entities to ask
+                about, held out or trained on, are taken first; others only fill up, and nothing is asked about them.
             refusal: the answer where no fact applies.
 
         Raises:
             InputError: the pool has not so many facts, or nothing can be asked about it.
         """
-        is_out = _held_out(settings)
-        facts = pool if num_facts is None else pool.take(drawn_rows(pool, num_facts, settings.seed, is_out))
+        is_asked = _asked_about(settings)
+        facts = pool if num_facts is None else pool.take(drawn_rows(pool, num_facts, settings.seed, is_asked))
         if not len(facts):
             raise InputError("there are no facts to ask about", where="facts", help="give a table that has some")
-        source = _Source(facts, is_out, settings.seed, refusal)
+        source = _Source(facts, is_asked, settings, refusal)
         possible = source.maker.possible_kinds()
         left_out: dict[str, str] = {
             kind: "the facts do not allow it" for kind in settings.kinds if kind not in possible
@@ -130,8 +130,8 @@ class EvaluationSet:
         return cls(facts, tuple(map(Asked.of, questions)), left_out)
 
 
-def drawn_rows(pool: EmbeddedFacts, num_facts: int, seed: int, is_out: Callable[[str], bool]) -> list[int]:
-    """Rows of `num_facts` facts: entities in an order that the seed gives, held-out ones first, each whole if it fits.
+def drawn_rows(pool: EmbeddedFacts, num_facts: int, seed: int, is_asked: Callable[[str], bool]) -> list[int]:
+    """Rows of `num_facts` facts: entities in an order of the seed, those to ask about first, each whole if it fits.
 
     Raises:
         InputError: there are not so many facts.
@@ -143,7 +143,7 @@ def drawn_rows(pool: EmbeddedFacts, num_facts: int, seed: int, is_out: Callable[
     rows_of: dict[str, list[int]] = {}
     for row, fact in enumerate(pool.facts):
         rows_of.setdefault(fact.entity, []).append(row)
-    order = sorted(rows_of, key=lambda name: (not is_out(name), Draws(seed, _ORDER, number_of(name)).below(1 << 32)))
+    order = sorted(rows_of, key=lambda name: (not is_asked(name), Draws(seed, _ORDER, number_of(name)).below(1 << 32)))
     chosen: list[int] = []
     too_large: list[int] = []
     for entity in order:
@@ -157,21 +157,33 @@ def drawn_rows(pool: EmbeddedFacts, num_facts: int, seed: int, is_out: Callable[
     return sorted(chosen + too_large[: num_facts - len(chosen)])
 
 
-def _held_out(settings: EvaluationSettings) -> Callable[[str], bool]:
-    share, seed = settings.held_out, settings.held_out_seed
-    return (lambda entity: True) if share is None else (lambda entity: is_held_out(entity, share, seed))
+def _asked_about(settings: EvaluationSettings) -> Callable[[str], bool]:
+    """Whether an entity is one to ask about."""
+    share, seed, wants_held_out = settings.held_out, settings.held_out_seed, settings.entities == "held_out"
+    if share is None and not wants_held_out:
+        raise InputError(
+            "entities trained on, and no share that was held out",
+            where="entities",
+            help="give held_out, the share of entities that training held out",
+        )
+    return lambda entity: share is None or is_held_out(entity, share, seed) == wants_held_out
 
 
 class _Source:
-    """Questions about the facts of held-out entities, in a knowledge base that may hold others."""
+    """Questions about the facts of some entities, in a knowledge base that may hold others."""
 
-    def __init__(self, facts: EmbeddedFacts, is_out: Callable[[str], bool], seed: int, refusal: str) -> None:
-        self._rows = [row for row, fact in enumerate(facts.facts) if is_out(fact.entity)]
+    def __init__(
+        self, facts: EmbeddedFacts, is_asked: Callable[[str], bool], settings: EvaluationSettings, refusal: str
+    ) -> None:
+        self._rows = [row for row, fact in enumerate(facts.facts) if is_asked(fact.entity)]
         if not self._rows:
+            is_held = settings.entities == "held_out"
             raise InputError(
-                "none of the entities is held out", where="held_out", help="give a larger share, or more facts"
+                "none of the entities is held out" if is_held else "all of the entities are held out",
+                where="held_out",
+                help=f"give a {'larger' if is_held else 'smaller'} share, or more facts",
             )
-        self.maker = QuestionMaker([facts.facts[row] for row in self._rows], seed, refusal=refusal)
+        self.maker = QuestionMaker([facts.facts[row] for row in self._rows], settings.seed, refusal=refusal)
         self._others: EntityIndex | None = None
         self._pairs: set[tuple[str, str]] = set()
         if len(self._rows) < len(facts):
