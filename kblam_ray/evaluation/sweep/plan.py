@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from kblam_ray.errors import InputError
@@ -12,7 +13,7 @@ from kblam_ray.evaluation.own_questions import OwnQuestion
 from kblam_ray.evaluation.run import priors_of
 from kblam_ray.evaluation.settings import AskedSettings, EvaluateSettings, EvaluationSettings
 from kblam_ray.evaluation.sweep.environment import machine
-from kblam_ray.evaluation.sweep.fingerprints import Base, Candidate, digest_of
+from kblam_ray.evaluation.sweep.fingerprints import Base, Candidate, absolute, digest_of
 from kblam_ray.evaluation.sweep.unit import Unit
 from kblam_ray.table.knowledge_base import KnowledgeBase
 
@@ -53,15 +54,22 @@ class Plan:
     def _questions(self, source: str, candidate: Candidate) -> Iterator[Unit]:
         settings = self.settings
         shared = {name: getattr(settings, name) for name in AskedSettings.model_fields}
+        if settings.bert_score_model is not None:
+            shared["bert_score_model"] = absolute(settings.bert_score_model)
         sizes: list[list[int]] = [[size] for size in _once(settings.num_facts)] or [[]]
-        for entities in _once(settings.entities) if settings.held_out is not None else ["held_out"]:
-            for kb_scale in _once(settings.kb_scale) or [None]:
-                for selection in _once(settings.selection):
-                    for num_facts in sizes:
-                        told = EvaluationSettings(
-                            **{**shared, "num_facts": num_facts, "selection": selection, "entities": entities}
-                        )
-                        yield self._unit("questions", source, candidate, told.model_dump(mode="json"), kb_scale)
+        all_entities = _once(settings.entities) if settings.held_out is not None else ["held_out"]
+        scales, selections = _once(settings.kb_scale) or [None], _once(settings.selection)
+        first: dict[tuple[str, tuple[int, ...]], str] = {}
+        for entities, kb_scale, selection, num_facts in product(all_entities, scales, selections, sizes):
+            # Baselines know neither selection nor C: they are asked once.
+            baselines_of = first.get((entities, tuple(num_facts)))
+            told = {**shared, "num_facts": num_facts, "selection": selection, "entities": entities}
+            if baselines_of is not None:
+                told["baseline"] = []
+            checked = EvaluationSettings(**told).model_dump(mode="json")
+            unit = replace(self._unit("questions", source, candidate, checked, kb_scale), baselines_of=baselines_of)
+            first.setdefault((entities, tuple(num_facts)), unit.key)
+            yield unit
 
     def _interference(self, source: str, candidate: Candidate) -> Iterator[Unit]:
         if not self.settings.interference:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kblam_ray.evaluation.outcomes import SCHEMA
 from kblam_ray.evaluation.own_questions import OwnQuestion
@@ -31,6 +32,9 @@ from kblam_ray.storage import filesystem, join, normalize, storage_errors
 from kblam_ray.table.knowledge_base import KnowledgeBase
 
 TABLES = "tables"
+
+ATTENTION = "attention"
+"""The way of answering that is no baseline."""
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -112,18 +116,19 @@ def sweep(
         start_ray()
     opened = _opened(settings, sources, given, candidates, tables or join(output, TABLES), progress)
     units = Plan(settings, base, candidates, opened, own, output).units()
-    found, num_resumed = _done(units, UnitStore(output), settings, progress)
+    done, num_resumed = _done(units, UnitStore(output), settings, progress)
+    found = [_with_baselines(done[unit.key], done.get(unit.baselines_of or "")) for unit in units]
     summary = {
         "settings": settings.model_dump(mode="json"),
         "environment": {**environment(), **(note or {})},
         "base_model": base_model,
         "candidates": {candidate.name: candidate.to_json() for candidate in candidates},
         "sources": {source.name: _described(source, opened) for source in sources},
-        "units": [{**unit.labels, **found[unit.key].summary} for unit in units],
+        "units": [{**unit.labels, **one.summary} for unit, one in zip(units, found, strict=True)],
         "notes": _notes(units, found),
     }
-    tables_of_rows = [_labelled(unit, rows) for unit in units if (rows := found[unit.key].rows) is not None]
-    rows = pa.concat_tables(tables_of_rows) if tables_of_rows else ROWS_SCHEMA.empty_table()
+    parts = [_labelled(unit, one.rows) for unit, one in zip(units, found, strict=True) if one.rows is not None]
+    rows = pa.concat_tables(parts) if parts else ROWS_SCHEMA.empty_table()
     return SweepResult(summary, rows, len(units), num_resumed)
 
 
@@ -194,13 +199,27 @@ def _described(source: Source, opened: Mapping[tuple[str, str], KnowledgeBase]) 
     ]
 
 
-def _notes(units: Sequence[Unit], found: Mapping[str, Found]) -> list[str]:
+def _with_baselines(own: Found, shared: Found | None) -> Found:
+    """A unit with the baselines of another one, which was asked the same questions of the same facts."""
+    if shared is None or own.rows is None or shared.rows is None:
+        return own
+    size, other = own.summary["size"], shared.summary["size"]
+    results = [result for result in other["results"] if result["system"] != ATTENTION]
+    left_out = {**size["left_out"], **other["left_out"]}
+    rows = shared.rows.filter(pc.not_equal(shared.rows["system"], ATTENTION))
+    return Found(
+        {**own.summary, "size": {**size, "left_out": left_out, "results": [*size["results"], *results]}},
+        pa.concat_tables([own.rows, rows]),
+    )
+
+
+def _notes(units: Sequence[Unit], found: Sequence[Found]) -> list[str]:
     """What the units noted, each once; with the adapter's name where there are several."""
     several = len({unit.candidate for unit in units}) > 1
     notes = [
         f"{unit.candidate}: {note}" if several else note
-        for unit in units
-        for note in found[unit.key].summary.get("notes", [])
+        for unit, one in zip(units, found, strict=True)
+        for note in one.summary.get("notes", [])
     ]
     return list(dict.fromkeys(notes))
 

@@ -42,6 +42,8 @@ class Unit:
         told: settings of the part: of `questions`, fields of `EvaluationSettings`.
         own: questions of one's own.
         device, dtype: of the base model, see `load_base_model`.
+        baselines_of: key of the unit whose baselines are this one's too, and are not asked again: they do not depend on
+            what the two differ in.
     """
 
     key: str
@@ -57,6 +59,7 @@ class Unit:
     own: tuple[OwnQuestion, ...] | None = None
     device: str | None = None
     dtype: str | None = None
+    baselines_of: str | None = None
 
     @property
     def labels(self) -> dict[str, Any]:
