@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,13 +24,14 @@ from kblam_ray.errors import InputError
 from kblam_ray.evaluation.attending import attention_outcomes
 from kblam_ray.evaluation.baselines.bm25 import library
 from kblam_ray.evaluation.baselines.run import baseline_outcomes, needs_encoder
-from kblam_ray.evaluation.outcomes import SCHEMA, Outcome, System, rows_table
+from kblam_ray.evaluation.outcomes import SCHEMA, Outcome, System, rows_table, with_bert_scores
 from kblam_ray.evaluation.own_questions import OwnQuestion, own_set
 from kblam_ray.evaluation.question_embeddings import RememberingEncoder
 from kblam_ray.evaluation.questions import Asked, EvaluationSet
 from kblam_ray.evaluation.settings import EvaluationSettings
 from kblam_ray.evaluation.summary import result
 from kblam_ray.evaluation.task import Progress, Task
+from kblam_ray.evaluation.wording import BertScore, require_rouge
 from kblam_ray.model.knowledge_model import KnowledgeModel
 from kblam_ray.model.matching import require_encoder
 from kblam_ray.model.prior import QuestionPrior
@@ -46,12 +47,16 @@ class SizeEvaluation:
         questions: in the order of each list of outcomes.
         outcomes: by way of answering.
         left_out: kinds of question and baselines that were wanted and cannot be had, and why.
+        threshold: the adapter's: attention refuses below it.
+        is_probability: attention's statistic is one.
     """
 
     facts: EmbeddedFacts
     questions: tuple[Asked, ...]
     outcomes: dict[System, list[Outcome]]
     left_out: dict[str, str]
+    threshold: float | None = None
+    is_probability: bool = False
 
     def summary(self, *, seed: int = 0) -> dict[str, Any]:
         """Counts, and the figures of each way of answering, see `summary.result`."""
@@ -62,8 +67,20 @@ class SizeEvaluation:
             "num_questions": dict(Counter(question.kind for question in self.questions)),
             "num_facts_asked": len(asked),
             "left_out": self.left_out,
-            "results": [result(system, self.questions, found, seed=seed) for system, found in self.outcomes.items()],
+            "results": [self._result(system, seed) for system in self.outcomes],
         }
+
+    def _result(self, system: System, seed: int) -> dict[str, Any]:
+        # The statistic of a baseline is a score of its own, which nothing is refused by.
+        decides = system.name == "attention"
+        return result(
+            system,
+            self.questions,
+            self.outcomes[system],
+            seed=seed,
+            threshold=self.threshold if decides else None,
+            is_probability=self.is_probability and decides,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,10 +130,11 @@ def evaluate(
         progress: called with a line of text as the evaluation goes on; None: silent.
 
     Raises:
-        InputError: more facts wanted than there are, a prior wanted that the adapter has not, nothing to ask.
+        InputError: more facts wanted than there are, a prior wanted that the adapter has not, nothing to ask, no
+            model for BERTScore.
         EncoderMismatchError: the facts or the encoder are not the adapter's.
         EncoderNotFoundError, EncoderError: the encoder must read questions and cannot.
-        MissingDependencyError: a baseline needs a package that is not installed.
+        MissingDependencyError: a baseline or a measure needs a package that is not installed.
     """
     adapter = model.adapter
     require_encoder(adapter.config, facts.encoder, where="facts")
@@ -131,6 +149,9 @@ def evaluate(
         )
     if "bm25" in settings.baseline:
         library()
+    scorer = _bert_score(model, settings)
+    if not settings.retrieval_only:
+        require_rouge()
     notes: list[str] = []
     priors = priors_of(adapter.config, settings.prior)
     if settings.prior is None and True not in priors:
@@ -149,7 +170,10 @@ def evaluate(
                 chosen = EvaluationSet.draw(facts, num_facts, settings, refusal=adapter.config.refusal_text)
             else:
                 chosen = own_set(facts, own)
-            sizes.append(_evaluate_size(model, chosen, settings, priors, encoder, progress))
+            found = _evaluate_size(model, chosen, settings, priors, encoder, progress)
+            if scorer is not None:
+                found = replace(found, outcomes=with_bert_scores(found.questions, found.outcomes, scorer))
+            sizes.append(found)
     finally:
         for module, is_training in modes:
             module.training = is_training
@@ -172,7 +196,28 @@ def _evaluate_size(
     prior = None if encoder is None else QuestionPrior.of(model.adapter.config, encoder)
     left_out = dict(chosen.left_out)
     outcomes |= baseline_outcomes(task, prior, left_out)
-    return SizeEvaluation(chosen.facts, chosen.questions, outcomes, left_out)
+    config = model.adapter.config
+    return SizeEvaluation(
+        chosen.facts,
+        chosen.questions,
+        outcomes,
+        left_out,
+        threshold=config.refusal_threshold,
+        is_probability=config.refusal_weights is not None,
+    )
+
+
+def _bert_score(model: KnowledgeModel, settings: EvaluationSettings) -> BertScore | None:
+    """What scores answers, where that was asked for; loaded before them, which may take hours."""
+    if settings.bert_score_model is None:
+        if settings.bert_score_layer is not None:
+            raise InputError("a layer of no model", where="bert_score_layer", help="give bert_score_model, too")
+        return None
+    if settings.retrieval_only:
+        raise InputError(
+            "BERTScore of answers, and no answers", where="bert_score_model", help="leave it or retrieval_only out"
+        )
+    return BertScore.load(settings.bert_score_model, settings.bert_score_layer, device=model.device)
 
 
 def priors_of(config: AdapterConfig, wanted: bool | None) -> list[bool]:

@@ -152,7 +152,9 @@ def test_the_summary_counts_and_groups(evaluation):
         ("cosine", None, None),
         ("dense", None, None),
     ]
-    assert set(found["attention", True, None]) == {"system", "prior", "grounding", "retrieval", "refusal"}
+    assert set(found["attention", True, None]) == {
+        "system", "prior", "grounding", "retrieval", "refusal", "calibration",
+    }  # fmt: skip
     assert set(found["attention", True, "off"]) == {"system", "prior", "grounding", "answers", "refusal"}
     assert found["attention", True, None]["retrieval"]["all"]["@1"]["count"] == 15
     assert found["dense", None, None]["answers"]["simple"]["exact_match"]["count"] == 3
