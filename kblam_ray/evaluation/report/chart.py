@@ -35,7 +35,6 @@ class Series:
         role: of its colour, a key of `naming.INKS`.
         line: how it is drawn.
         points: from left to right.
-        is_step: whether the value stays until the next point, as of a receiver curve.
         has_markers: whether each point is marked.
     """
 
@@ -43,7 +42,6 @@ class Series:
     role: str
     line: Line
     points: tuple[Point, ...]
-    is_step: bool = False
     has_markers: bool = True
 
 
@@ -70,6 +68,7 @@ class LinePanel:
         y_range: ends of the upright axis; None: what the values need.
         reference: a height that the values are to be compared with, drawn as a thin line.
         has_diagonal: whether the line of equal coordinates is drawn.
+        has_bars: whether intervals are upright bars and not bands: the points are apart.
     """
 
     title: str
@@ -82,6 +81,7 @@ class LinePanel:
     y_range: tuple[float, float] | None = None
     reference: float | None = None
     has_diagonal: bool = False
+    has_bars: bool = False
     marks: tuple[Mark, ...] = ()
 
 

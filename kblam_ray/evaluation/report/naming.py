@@ -99,10 +99,8 @@ def table_name(result: Mapping[str, Any], part: str | None = None) -> str:
         part: what the table is of; of `retrieval`, a baseline is the ranking that it reads from.
     """
     system = result["system"]
-    if part == "retrieval" and system == "bm25":
-        name = "BM25 of question and key"
-    else:
-        name = _TABLE_NAMES.get(system, system)
+    names = _TABLE_NAMES | ({"bm25": "BM25 of question and key"} if part == "retrieval" else {})
+    name = names.get(system, system)
     if result["prior"] is not None:
         name += " with prior" if result["prior"] else " alone"
     return f"{name}, {result['grounding']}" if result["grounding"] else name
@@ -132,7 +130,7 @@ def tick(value: float) -> str:
     """A count on an axis, short: 10, 1k, 100k, 1M."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:g}{letter}"
+            return f"{value / size:.3g}{letter}"
     return f"{value:g}"
 
 

@@ -1,4 +1,4 @@
-"""An evaluation's and a sweep's summary as tables: as Markdown, for BENCHMARKS.md and an adapter's card, and to lay out."""
+"""Summaries of evaluations and sweeps as tables: Markdown for BENCHMARKS.md and adapter cards, and cells to lay out."""
 
 from __future__ import annotations
 
@@ -126,8 +126,10 @@ def _groups(sizes: Sequence[Mapping[str, Any]]) -> list[str]:
 def _questions(sizes: Sequence[Mapping[str, Any]]) -> Table:
     kinds = list(dict.fromkeys(kind for size in sizes for kind in size["num_questions"]))
     rows = [
-        (number(size["num_facts"]), number(size["num_entities"]), number(size["num_facts_asked"]))
-        + tuple(number(size["num_questions"].get(kind, 0)) for kind in kinds)
+        (
+            *(number(size[name]) for name in ("num_facts", "num_entities", "num_facts_asked")),
+            *(number(size["num_questions"].get(kind, 0)) for kind in kinds),
+        )
         for size in sizes
     ]
     return Table("Questions", ("facts", "entities", "facts asked for", *map(words, kinds)), tuple(rows))
@@ -135,8 +137,11 @@ def _questions(sizes: Sequence[Mapping[str, Any]]) -> Table:
 
 def _by_kind(title: str, sizes: Sequence[Mapping[str, Any]], part: str, figure: str, groups: Sequence[str]) -> Table:
     rows = [
-        (number(size["num_facts"]), table_name(found, part))
-        + tuple(percent(found[part].get(group, {}).get(figure)) for group in groups)
+        (
+            number(size["num_facts"]),
+            table_name(found, part),
+            *(percent(found[part].get(group, {}).get(figure)) for group in groups),
+        )
         for size, found in _results(sizes)
         if part in found and any(figure in figures for figures in found[part].values())
     ]
@@ -146,8 +151,11 @@ def _by_kind(title: str, sizes: Sequence[Mapping[str, Any]], part: str, figure: 
 def _refusal(sizes: Sequence[Mapping[str, Any]]) -> Table:
     figures = ("precision", "recall", "f1", "area_under_curve")
     rows = [
-        (number(size["num_facts"]), table_name(found))
-        + tuple(percent(found["refusal"]["all"].get(figure)) for figure in figures)
+        (
+            number(size["num_facts"]),
+            table_name(found),
+            *(percent(found["refusal"]["all"].get(figure)) for figure in figures),
+        )
         for size, found in _results(sizes)
         if "refusal" in found
     ]
@@ -180,8 +188,8 @@ def _calibration(sizes: Sequence[Mapping[str, Any]]) -> Table:
 def _interference(sweep: Sweep) -> Table:
     varying = sweep.varying(sweep.interference)
     rows = [
-        tuple(Context.of(unit).word(name) for name in varying)
-        + (
+        (
+            *(Context.of(unit).word(name) for name in varying),
             number(point["num_facts"]),
             "with prior" if point["prior"] else "alone",
             plain(point.get("perplexity")),
@@ -230,9 +238,12 @@ def _memory(sweep: Sweep) -> Table:
 def _cost(sweep: Sweep, title: str, head: tuple[str, ...], cells: Any) -> Table:
     varying = sweep.varying(sweep.cost)
     rows = [
-        tuple(Context.of(unit).word(name) for name in varying)
-        + (number(point["num_facts"]), way_name(point))
-        + (cells(point) if point.get("fits", True) else (_does_not_fit(point), *("-",) * (len(head) - 1)))
+        (
+            *(Context.of(unit).word(name) for name in varying),
+            number(point["num_facts"]),
+            way_name(point),
+            *(cells(point) if point.get("fits", True) else (_does_not_fit(point), *("-",) * (len(head) - 1))),
+        )
         for unit in sweep.cost
         for point in unit["cost"]["points"]
     ]
