@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
@@ -185,7 +184,7 @@ def _cost(unit: Unit, model: KnowledgeModel, facts: EmbeddedFacts, progress: Pro
     found = measure_cost(
         model, facts, told["sizes"], selections=told["selections"], seed=told["seed"], progress=progress
     )
-    return Found({"cost": {**found, "machine": machine(), "torch_threads": torch.get_num_threads()}})
+    return Found({"cost": {**found, "machine": machine()}})
 
 
 _PARTS: dict[Part, Callable[[Unit, KnowledgeModel, EmbeddedFacts, Progress | None], Found]] = {
