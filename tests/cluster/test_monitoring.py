@@ -1,0 +1,219 @@
+"""Dashboard and alert rules speak of metrics, and of labels, that the server has; their expressions are PromQL."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import promql_parser
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kblam_ray.serving.metrics import Metrics
+from kblam_ray.serving.settings import ServeSettings
+from tests.cluster.manifests import CLUSTER, dashboard, named, quantity, serve_config
+
+FOREIGN = {"kube_cronjob_status_last_successful_time": {"cronjob"}}
+"""Metrics of others (kube-state-metrics) and the labels of them that are used."""
+
+CONVERSIONS = {"humanizePercentage", "humanizeDuration", "humanize1024"}
+
+
+def exported() -> dict[str, set[str]]:
+    """The labels of every sample that a server can have, by name."""
+    metrics = Metrics("answerer-1", "answerer")
+    for family in vars(metrics).values():
+        if hasattr(family, "labels") and hasattr(family, "_family"):
+            labels = set(family._family._labelnames) - {"process"}
+            if labels != {"role"}:
+                family.labels(**dict.fromkeys(labels, "x"))
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(metrics.text()):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+EXPORTED = exported()
+TYPES = {
+    family.name: family.type for family in text_string_to_metric_families(Metrics("answerer-1", "answerer").text())
+}
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = named("PrometheusRule", "kblam")["spec"]["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def panels() -> list[dict[str, Any]]:
+    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+
+
+def without_variables(expression: str) -> str:
+    """An expression of the dashboard, with something in the place of Grafana's variables."""
+    known = {"$__rate_interval": "5m", "$kb": ".*"}
+    for name, value in known.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression
+    return expression
+
+
+def expressions() -> list[Any]:
+    found = [(rule["alert"], rule["expr"]) for rule in rules()]
+    found += [
+        (f"{panel['title']}-{target['refId']}", without_variables(target["expr"]))
+        for panel in panels()
+        for target in panel["targets"]
+    ]
+    return [pytest.param(expression, id=name) for name, expression in found]
+
+
+def nodes(expression: str) -> list[Any]:
+    found: list[Any] = []
+    promql_parser.walk(promql_parser.parse(expression), lambda node: found.append(node))
+    return found
+
+
+def check(expression: str) -> None:
+    """Raise ValueError or assert unless an expression is PromQL about what the server exports."""
+    known = EXPORTED | FOREIGN
+    found = nodes(expression)
+    labels: set[str] = set()
+    for node in found:
+        if isinstance(node, promql_parser.VectorSelector):
+            assert node.name in known, node.name
+            labels |= known[node.name]
+            assert {matcher.name for matcher in node.matchers.matchers} <= known[node.name], expression
+    for node in found:
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+            assert set(node.modifier.labels) <= labels, expression
+        if isinstance(node, promql_parser.Call) and node.func.name in ("rate", "increase"):
+            (selector,) = [one for one in nodes(str(node)) if isinstance(one, promql_parser.VectorSelector)]
+            assert selector.name.endswith(("_total", "_bucket", "_sum", "_count")), f"{selector.name} only grows?"
+        if isinstance(node, promql_parser.Call) and node.func.name == "histogram_quantile":
+            assert "le" in str(node.args[1]) and "_bucket" in str(node.args[1]), expression
+
+
+def test_counters_and_histograms_export_what_the_check_takes_them_for():
+    assert TYPES["kblam_requests"] == "counter"
+    assert EXPORTED["kblam_requests_total"] == {"endpoint", "status", "process"}
+    assert EXPORTED["kblam_kb_refresh_seconds_bucket"] == {"kb", "le", "process"}
+    assert EXPORTED["kblam_process_memory_bytes"] == {"role", "process"}
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_expressions_are_about_what_the_server_exports(expression):
+    check(expression)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "rate(kblam_requests_total)",
+        "sum(rate(kblam_requests[5m]))",
+        'sum(rate(kblam_requests_total{code="429"}[5m]))',
+        "sum by (model) (kblam_kb_facts)",
+        "rate(kblam_kb_facts[5m])",
+        "histogram_quantile(0.9, sum(rate(kblam_request_seconds_bucket[5m])))",
+        "max(kblam_kb_lag_seconds",
+    ],
+)
+def test_the_check_finds_what_is_wrong(wrong):
+    with pytest.raises((AssertionError, ValueError)):
+        check(wrong)
+
+
+def test_every_metric_is_shown():
+    shown = {
+        node.name
+        for param in expressions()
+        for node in nodes(str(param.values[0]))
+        if isinstance(node, promql_parser.VectorSelector)
+    }
+    families = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in shown if name not in FOREIGN}
+    assert families == set(TYPES)
+
+
+def test_alerts_say_what_they_saw():
+    assert len({rule["alert"] for rule in rules()}) == len(rules())
+    for rule in rules():
+        templates = re.findall(r"{{(.*?)}}", rule["annotations"]["description"])
+        grouped = {name for node in nodes(rule["expr"]) for name in labels_of(node)}
+        for template in templates:
+            words = template.split()
+            assert words[0] == "$value" or words[0].removeprefix("$labels.") in grouped, (rule["alert"], template)
+            assert set(words[2:]) <= CONVERSIONS
+
+
+def labels_of(node: Any) -> set[str]:
+    if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+        return set(node.modifier.labels)
+    return set(EXPORTED.get(node.name, ())) if isinstance(node, promql_parser.VectorSelector) else set()
+
+
+def test_there_is_an_alert_for_what_an_operator_must_know():
+    assert {rule["alert"] for rule in rules()} >= {
+        *("KblamDown", "KblamNoReplica", "KblamFailures", "KblamOverloaded", "KblamLag", "KblamRefreshFailures"),
+        *("KblamKnowledgeMemory", "KblamProcessMemory", "KblamSourcesLate"),
+    }
+
+
+def test_the_guide_says_what_to_do_about_every_alert():
+    guide = (CLUSTER / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(Kblam\w+)`", guide, re.MULTILINE)) == {rule["alert"] for rule in rules()}
+
+
+def test_thresholds_are_those_of_the_server():
+    by_name = {rule["alert"]: rule["expr"] for rule in rules()}
+    (app,) = serve_config()["applications"]
+    settings = ServeSettings.model_validate(app["args"])
+    assert f"0.9 * {settings.knowledge.budget_bytes / 1e9:g}e9" in by_name["KblamKnowledgeMemory"]
+    (group,) = named("RayService", "kblam-server")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    memory = quantity(group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
+    assert f"0.9 * {memory / 2**30:g} * 2 ^ 30" in by_name["KblamProcessMemory"]
+    # An hour without a good run is four missed ones.
+    assert named("CronJob", "kblam-refresh")["spec"]["schedule"].startswith("*/15 ")
+    assert by_name["KblamSourcesLate"].endswith("> 3600")
+
+
+def test_the_server_is_asked_at_one_place():
+    """Each process tells of all: with more targets everything would be counted more than once."""
+    monitor = named("PodMonitor", "kblam-server")["spec"]
+    service = named("RayService", "kblam-server")["spec"]["rayClusterConfig"]
+    (target,) = monitor["podMetricsEndpoints"]
+    head = service["headGroupSpec"]["template"]
+    assert monitor["selector"]["matchLabels"].items() <= head["metadata"]["labels"].items()
+    for group in service["workerGroupSpecs"]:
+        assert not monitor["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+    assert target["port"] in {port["name"] for port in head["spec"]["containers"][0]["ports"]}
+    # Else the operator's own label would take the place of the route.
+    assert target["honorLabels"] is True
+    assert serve_config()["proxy_location"] == "EveryNode"
+
+
+def test_the_dashboard_is_one_that_grafana_shows():
+    board = dashboard()
+    assert board["schemaVersion"] >= 39
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids))
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, f"{panel['title']} lies on another panel"
+        taken |= cells
+    variables = {variable["name"] for variable in board["templating"]["list"]}
+    assert variables == {"datasource", "kb"}
+    for panel in panels():
+        refs = [target["refId"] for target in panel["targets"]]
+        assert len(refs) == len(set(refs))
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+        for target in panel["targets"]:
+            expression = without_variables(target["expr"])
+            for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
+                assert label in {name for node in nodes(expression) for name in labels_of(node)}
