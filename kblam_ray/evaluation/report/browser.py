@@ -75,7 +75,18 @@ def browser_of(rows: pa.Table, num_questions: int) -> Browser:
         for key in order
     ]
     num_asked = len(rows.group_by(keys, use_threads=False).aggregate([]))
-    return Browser(listed, list(found.values()), num_asked)
+    return Browser(listed, _in_turns(list(found.values())), num_asked)
+
+
+def _in_turns(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One of each kind and place after the other, so that the beginning shows all of them."""
+    turns: dict[tuple[str, str], int] = {}
+    numbered = []
+    for place, question in enumerate(questions):
+        key = (question["where"], question["kind"])
+        turns[key] = turns.get(key, 0) + 1
+        numbered.append((turns[key], place, question))
+    return [question for _, _, question in sorted(numbered, key=lambda one: one[:2])]
 
 
 def _at(rows: pa.Table, context: Mapping[str, Any], dimensions: list[str]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Line = Literal["solid", "dashed", "dotted"]
@@ -154,7 +154,13 @@ class Chart:
     is_detail: bool = False
 
     @property
-    def legend(self) -> tuple[tuple[str, str, Line], ...]:
-        """Name, role and line of everything that has a colour in a panel of lines, each once."""
-        drawn = [one for panel in self.panels if isinstance(panel, LinePanel) for one in panel.series]
-        return tuple(dict.fromkeys((one.name, one.role, one.line) for one in drawn))
+    def legend(self) -> tuple[Series, ...]:
+        """What is drawn in panels of lines, each name once, without its points."""
+        found: dict[tuple[str, str, Line], Series] = {}
+        for panel in self.panels:
+            for one in panel.series if isinstance(panel, LinePanel) else ():
+                key = (one.name, one.role, one.line)
+                # Marked where any panel marks it.
+                if key not in found or one.has_markers:
+                    found[key] = replace(one, points=())
+        return tuple(found.values())

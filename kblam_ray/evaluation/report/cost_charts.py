@@ -27,34 +27,53 @@ _TIMES = (
 )
 
 
+_INTERFERENCE_OF_ANSWERS = (
+    ("answer_divergence", "next-token divergence, nats", 1.0, None),
+    ("answer_kb_mass", "attention given to facts, %", 100.0, None),
+    ("answer_agreement", "same most likely token, %", 100.0, None),
+)
+
+
 def interference_charts(sweep: Sweep) -> list[Chart]:
-    """One chart per context: perplexity, divergence, attention mass and agreement over the facts attached."""
+    """Per context: what the facts attached do to every token of texts, and to the first token of an answer to them."""
     varying = sweep.varying(sweep.interference)
     charts = []
     for place, unit in enumerate(sweep.interference, 1):
-        points = unit["interference"]["points"]
-        if len({point["num_facts"] for point in points}) < 2:
+        found = unit["interference"]
+        if len({point["num_facts"] for point in found["points"]}) < 2:
             continue
         label = ", ".join(Context.of(unit).word(name) for name in varying)
-        panels = []
-        for figure, axis, scale, reference in _INTERFERENCE:
-            series = tuple(
-                one
-                for prior in (True, False)
-                if (one := _attached([point for point in points if point["prior"] == prior], figure, scale, prior))
-            )
-            if series:
-                panels.append(LinePanel(axis, _ATTACHED, axis, series, log_x=True, reference=reference))
+        titled = f": {label}" if label else ""
+        ending = f"-{place}" if len(sweep.interference) > 1 else ""
+        panels = _attached_panels(found["points"], _INTERFERENCE)
         if panels:
-            num_texts = unit["interference"]["num_texts"]
             about = (
-                f"{number(num_texts)} texts that need no fact, read with more and more facts attached. Left: none, the "
-                "base model. Nothing should change: a ratio of 1, a divergence of 0."
+                f"{number(found['num_texts'])} texts that need no fact, read with more and more facts attached. Left: "
+                "none, the base model. Nothing should change: a ratio of 1, a divergence of 0."
             )
-            ending = f"-{place}" if len(sweep.interference) > 1 else ""
-            title = "What facts do to text that needs none" + (f": {label}" if label else "")
-            charts.append(Chart(f"interference{ending}", title, about, tuple(panels), place > 1))
+            title = f"What facts do to text that needs none{titled}"
+            charts.append(Chart(f"interference{ending}", title, about, panels, place > 1))
+        panels = _attached_panels(found["points"], _INTERFERENCE_OF_ANSWERS)
+        if panels:
+            about = "The first token of an answer to each of these texts is where facts are looked for."
+            title = f"What facts do to the beginning of an answer that needs none{titled}"
+            charts.append(Chart(f"interference-of-answers{ending}", title, about, panels, True))
     return charts
+
+
+def _attached_panels(
+    points: Sequence[Mapping[str, Any]], figures: Sequence[tuple[str, str, float, float | None]]
+) -> tuple[LinePanel, ...]:
+    panels = []
+    for figure, axis, scale, reference in figures:
+        series = tuple(
+            one
+            for prior in (True, False)
+            if (one := _attached([point for point in points if point["prior"] == prior], figure, scale, prior))
+        )
+        if series:
+            panels.append(LinePanel(axis, _ATTACHED, axis, series, log_x=True, reference=reference))
+    return tuple(panels)
 
 
 def _attached(points: Sequence[Mapping[str, Any]], figure: str, scale: float, prior: bool) -> Series | None:
@@ -92,16 +111,12 @@ def cost_charts(sweep: Sweep) -> list[Chart]:
             about = f"Time until the first token of an answer, and for each one after it.{beside}"
             charts.append(Chart(f"time{ending}", f"How long an answer takes{titled}", about, times, place > 1))
         memory = tuple(
-            LinePanel(title, "facts", "megabytes", series, log_x=True, log_y=True, marks=marks)
-            for title, series in (
-                ("facts and the prompt's cache together", _memory(points)),
-                ("facts ready after, s", _ways(points, "load_s", 1.0)),
+            LinePanel(title, "facts", unit, series, log_x=True, log_y=True, marks=marks)
+            for title, unit, series in (
+                ("facts and the prompt's cache together", "megabytes", _memory(points)),
+                ("until the facts are ready", "seconds", _ways(points, "load_s", 1.0)),
             )
             if series
-        )
-        memory = tuple(
-            panel if panel.title != "facts ready after, s" else LinePanel(**{**vars(panel), "y_label": "seconds"})
-            for panel in memory
         )
         if memory:
             about = "What the facts take in memory, and what the prompt leaves in the model's key-value cache."
@@ -139,10 +154,11 @@ def _by_way(
     found = []
     for way, selection in sorted(ways, key=lambda one: order.index(one[0]) if one[0] in order else len(order)):
         own = [point for point in points if (point["way"], point.get("selection")) == (way, selection)]
-        is_selected = way == "attention" and selection not in (None, "all")
         name = short_name({"system": way, "prior": None, "grounding": None})
+        num_selected = (selection or "").partition(":")[2] if way == "attention" else ""
+        is_selected = bool(num_selected)
         if is_selected:
-            name += f", nearest {selection.partition(':')[2]}"
+            name += f", nearest {num_selected}"
         line: Line = "dashed" if is_selected else "solid"
         # The attention of a request includes whatever prior the adapter has.
         found.append(Series(name, role_of(way, way == "attention" and not is_selected), line, drawn(own, name)))
@@ -160,9 +176,9 @@ def _points(points: Iterable[Mapping[str, Any]], figure: str, scale: float, name
         if value.get("value") is None:
             continue
         low, high = value.get("low"), value.get("high")
-        ends = (None, None) if low is None or high is None else (scale * low, scale * high)
+        low, high = (None, None) if low is None or high is None else (scale * low, scale * high)
         tip = f"{name}, {number(point['num_facts'])} facts: {plain(value, scale)}"
-        found.append(Point(point["num_facts"], scale * value["value"], *ends, tip))
+        found.append(Point(point["num_facts"], scale * value["value"], low, high, tip))
     return tuple(found)
 
 

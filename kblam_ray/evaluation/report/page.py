@@ -70,6 +70,8 @@ def page(title: str, prepared: Sequence[Prepared], *, about: str = "") -> str:
         tiles=_headline(prepared),
         ways=_ways(sections, Markup),
         groundings=list(GROUNDINGS.items()),
+        # Of many sections the contents name each, of one its parts.
+        contents=sections[0]["links"] if len(sections) == 1 else sections,
         sections=sections,
         runs=_runs(prepared),
     )
@@ -117,8 +119,7 @@ def _section(one: Prepared, prepared: Sequence[Prepared], Markup: Any) -> dict[s
         "has_results": bool(section.summary.get("units")),
         "charts": shown,
         "details": [drawn for chart, drawn in charts if chart.is_detail],
-        # Of many sections the contents name each, not its parts.
-        "links": links if len(prepared) == 1 else [],
+        "links": links,
         "published": section.published,
         "groups": groups,
         "browser": _browser(browser, Markup) if browser.questions else None,
@@ -127,12 +128,13 @@ def _section(one: Prepared, prepared: Sequence[Prepared], Markup: Any) -> dict[s
 
 def _chart(one: Prepared, chart: Chart, Markup: Any) -> dict[str, Any]:
     shapes: dict[type, str] = {LinePanel: "lines", BarPanel: "bars", HeatPanel: "heat"}
-    shape = shapes[type(chart.panels[0])] + (" one" if len(chart.panels) == 1 else "")
+    # One, two and four stand larger than three, five and more.
+    shape = shapes[type(chart.panels[0])] + {1: " one", 2: " two", 4: " two"}.get(len(chart.panels), "")
     panels = [
         {"title": panel.title, "svg": Markup(panel_svg(panel, f"{one.slug}-{chart.name}-{place}"))}
         for place, panel in enumerate(chart.panels)
     ]
-    legend = [(name, Markup(legend_svg(role, line))) for name, role, line in chart.legend]
+    legend = [(one.name, Markup(legend_svg(one.role, one.line, has_marker=one.has_markers))) for one in chart.legend]
     return {
         "id": f"chart-{chart.name}",
         "title": chart.title,
@@ -184,7 +186,7 @@ def _headline(prepared: Sequence[Prepared]) -> list[Tile]:
 def _ways(sections: Sequence[Mapping[str, Any]], Markup: Any) -> list[tuple[str, str, Any]]:
     if not any(section["charts"] for section in sections):
         return []
-    return [(name, about, Markup(legend_svg(role, "solid"))) for role, name, about in WAYS]
+    return [(name, about, Markup(legend_svg(role))) for role, name, about in WAYS]
 
 
 def _when(prepared: Sequence[Prepared]) -> str:

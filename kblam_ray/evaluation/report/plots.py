@@ -1,57 +1,34 @@
-"""Charts drawn by matplotlib: a PNG for each, and for the page an SVG per panel whose colours are the page's."""
+"""Charts as files and for the page: a PNG for each, an SVG for each panel whose colours are the page's."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from kblam_ray.errors import MissingDependencyError
-from kblam_ray.evaluation.report.chart import BarPanel, Chart, HeatPanel, Line, LinePanel, Panel
-from kblam_ray.evaluation.report.naming import INKS, tick
-
-INK, SOFT, RULE, ON_SHADE = "#1b2024", "#5c6670", "#dde2e6", "#fefefe"
+from kblam_ray.evaluation.report.chart import Chart, HeatPanel, Line, LinePanel, Panel
+from kblam_ray.evaluation.report.drawing import (
+    INK,
+    ON_SHADE,
+    RULE,
+    SOFT,
+    Tip,
+    draw,
+    draw_legend,
+    drawing,
+    has_upright_label,
+    inches,
+)
+from kblam_ray.evaluation.report.naming import INKS
 
 _VARIABLES = {INK: "ink", SOFT: "soft", RULE: "rule", ON_SHADE: "on-shade"} | {
     ink.light: f"ink-{role}" for role, ink in INKS.items()
 }
 """The custom property of the page's style that takes the place of each colour."""
 
-_SETTINGS: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "text.parse_math": False,  # names are data: a dollar sign is one
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": SOFT,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "grid.color": RULE,
-    "grid.linewidth": 0.7,
-    "svg.fonttype": "none",
-    "path.simplify": False,
-}
-
-_DASHES: Mapping[Line, Any] = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.6))}
-_LINE_INCHES = (4.0, 2.7)
-_BAR_INCHES = 0.21
 _PNG_DPI = 120
-
-Tip = tuple[float, float, str]
-"""Where, in the coordinates of the data, and what is said there."""
 
 
 def panel_svg(panel: Panel, salt: str) -> str:
@@ -63,13 +40,13 @@ def panel_svg(panel: Panel, salt: str) -> str:
     Args:
         salt: makes the names inside differ from those of other panels on the page.
     """
-    with _drawing(salt) as figure_of:
-        width, height = _inches(panel)
+    with drawing(salt) as figure_of:
+        width, height = inches(panel)
         figure = figure_of(figsize=(width, height), dpi=72, layout="constrained")
         axes = figure.subplots()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        tips = _draw(axes, panel)
+        tips = draw(axes, panel)
         file = io.StringIO()
         figure.savefig(file, format="svg", dpi=72, metadata={"Date": None, "Creator": None})
         places = [(*axes.transData.transform((x, y)), text) for x, y, text in tips]
@@ -78,8 +55,8 @@ def panel_svg(panel: Panel, salt: str) -> str:
 
 def chart_png(chart: Chart) -> bytes:
     """A chart with its panels, title and legend; equal charts give equal bytes."""
-    with _drawing(chart.name) as figure_of:
-        sizes = [_inches(panel) for panel in chart.panels]
+    with drawing(chart.name) as figure_of:
+        sizes = [inches(panel) for panel in chart.panels]
         # Four stand two by two, and what is not a line panel is wide.
         columns = min(len(sizes), 3 if isinstance(chart.panels[0], LinePanel) and len(sizes) != 4 else 2)
         rows = math.ceil(len(sizes) / columns)
@@ -94,269 +71,25 @@ def chart_png(chart: Chart) -> bytes:
                 axes.set_visible(False)
                 continue
             panel = chart.panels[place]
-            _draw(axes, panel)
+            draw(axes, panel)
             if panel.title:
-                axes.set_title(panel.title, pad=18 if _has_upright_label(panel) else 8)
+                axes.set_title(panel.title, pad=18 if has_upright_label(panel) else 8)
         figure.suptitle(chart.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         if chart.legend:
-            _draw_legend(figure, chart, columns=max(1, int(width / 1.9)))
+            draw_legend(figure, chart, columns=max(1, int(width / 1.9)))
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=_PNG_DPI, metadata={"Software": None})
     return file.getvalue()
 
 
-@contextmanager
-def _drawing(salt: str) -> Iterator[Any]:
-    """matplotlib's own settings and ours, whatever this process has set; gives the class of figures."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MissingDependencyError(
-            "plots need the package matplotlib", help='pip install "kblam-ray[evaluate]"'
-        ) from None
-
-    def figure_of(**settings: Any) -> Any:
-        figure = Figure(**settings)
-        FigureCanvasAgg(figure)
-        return figure
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": salt})
-        # A name in a script that the font lacks shows as boxes in the PNG; on the page the browser has its fonts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield figure_of
-
-
-def _inches(panel: Panel) -> tuple[float, float]:
-    if isinstance(panel, LinePanel):
-        return _LINE_INCHES
-    if isinstance(panel, BarPanel):
-        bars = sum(len(bars) for _, bars in panel.groups)
-        heads = sum(1 for name, bars in panel.groups if name and not _is_single(panel))
-        return 4.6, 0.75 + _BAR_INCHES * (bars + 1.5 * heads)
-    return 1.6 + 0.72 * len(panel.columns), 0.8 + 0.3 * len(panel.rows)
-
-
-def _draw(axes: Any, panel: Panel) -> list[Tip]:
-    if isinstance(panel, LinePanel):
-        return _draw_lines(axes, panel)
-    return _draw_bars(axes, panel) if isinstance(panel, BarPanel) else _draw_heat(axes, panel)
-
-
-def _draw_lines(axes: Any, panel: LinePanel) -> list[Tip]:
-    numbers = sorted({point.x for one in panel.series for point in one.points} | {mark.x for mark in panel.marks})
-    place = _Places(numbers) if panel.log_x else float
-    tips: list[Tip] = []
-    if panel.log_y:
-        axes.set_yscale("log")
-    if panel.has_diagonal:
-        axes.plot([0, 100], [0, 100], color=RULE, linewidth=1.2, zorder=1)
-    if panel.reference is not None:
-        axes.axhline(panel.reference, color=SOFT, linewidth=1, zorder=1)
-    for depth, one in enumerate(reversed(panel.series)):
-        ink = INKS[one.role]
-        points = [point for point in one.points if not panel.log_y or point.value > 0]
-        xs, ys = [place(point.x) for point in points], [point.value for point in points]
-        banded = [point for point in points if point.low is not None and point.high is not None]
-        if len(banded) > 1 and not panel.has_bars:
-            axes.fill_between(
-                [place(point.x) for point in banded],
-                [_above(point.low, panel) for point in banded],
-                [_above(point.high, panel) for point in banded],
-                color=ink.light, alpha=0.16, linewidth=0, zorder=2,
-            )  # fmt: skip
-        else:
-            for point in banded:
-                axes.vlines(place(point.x), point.low, point.high, color=ink.light, linewidth=1.2, zorder=2)
-        axes.plot(
-            xs, ys,
-            color=ink.light, linewidth=0.6 if panel.has_bars else 1.8, linestyle=_DASHES[one.line], zorder=3 + depth,
-            marker=ink.marker if one.has_markers else "", markersize=5, markeredgewidth=0,
-        )  # fmt: skip
-        tips += [(x, y, point.tip) for x, y, point in zip(xs, ys, points, strict=True) if point.tip]
-    for mark in panel.marks:
-        color = SOFT if mark.role == "soft" else INKS[mark.role].light
-        axes.axvline(place(mark.x), color=color, linewidth=1.2, linestyle=_DASHES["dashed"], zorder=2)
-    _scale_lines(axes, panel, numbers, place)
-    for mark in panel.marks:
-        left, right = axes.get_xlim()
-        is_right = (place(mark.x) - left) / (right - left) > 0.5
-        axes.annotate(
-            mark.name, (place(mark.x), 0.99), xycoords=("data", "axes fraction"), textcoords="offset points",
-            xytext=(-4 if is_right else 4, 0), ha="right" if is_right else "left", va="top", fontsize=7.5,
-            color=SOFT if mark.role == "soft" else INKS[mark.role].light,
-        )  # fmt: skip
-    return tips
-
-
-class _Places:
-    """From numbers to places where equal factors are equal distances; 0 stands a step left of the smallest."""
-
-    def __init__(self, numbers: Sequence[float]) -> None:
-        logs = [math.log10(number) for number in numbers if number > 0]
-        self._zero = min(logs, default=0.0) - max(0.6, 0.15 * (max(logs, default=0.0) - min(logs, default=0.0)))
-
-    def __call__(self, number: float) -> float:
-        return math.log10(number) if number > 0 else self._zero
-
-
-def _scale_lines(axes: Any, panel: LinePanel, numbers: Sequence[float], place: Any) -> None:
-    if panel.log_x and numbers:
-        places = [place(number) for number in numbers]
-        span = max(places) - min(places)
-        shown: list[float] = []
-        for number in numbers:
-            if not shown or place(number) - place(shown[-1]) > 0.09 * span:
-                shown.append(number)
-        axes.set_xticks([place(number) for number in shown], [tick(number) for number in shown])
-        axes.set_xlim(min(places) - (0.04 * span or 0.5), max(places) + (0.04 * span or 0.5))
-    elif panel.x_range is not None:
-        low, high = panel.x_range
-        edge = 0.02 * (high - low) or 0.5
-        axes.set_xlim(low - edge, high + edge)
-    if panel.y_range is not None:
-        low, high = panel.y_range
-        axes.set_ylim(low - 0.02 * (high - low), high + 0.04 * (high - low))
-        if panel.y_range == (0.0, 100.0):
-            axes.set_yticks([0, 25, 50, 75, 100])
-    elif panel.log_y:
-        _scale_log(axes)
-    else:
-        low, high = axes.get_ylim()
-        # A change of nothing must not look like one.
-        if high - low < 1e-3 * max(1.0, abs(high)):
-            middle = (low + high) / 2
-            axes.set_ylim(middle - 0.5, middle + 0.5)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
-    axes.grid(axis="y")
-    axes.tick_params(length=0)
-    axes.set_xlabel(panel.x_label)
-    if _has_upright_label(panel):
-        # Above the axis: a text that stands on its side is read by nobody.
-        axes.annotate(
-            panel.y_label, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points",
-            ha="left", va="bottom", fontsize=8, color=SOFT,
-        )  # fmt: skip
-
-
-def _scale_log(axes: Any) -> None:
-    """Numbers at powers of ten, and at 2 and 5 of them where there are few."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    low, high = axes.get_ylim()
-    is_short = high / low < 300
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_short else (1.0,), numticks=12))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: tick(value) if value >= 1 else f"{value:.6f}".rstrip("0"))
-
-
-def _has_upright_label(panel: Panel) -> bool:
-    return isinstance(panel, LinePanel) and panel.y_label != panel.title
-
-
-def _above(value: float | None, panel: LinePanel) -> float:
-    """An end of an interval that a logarithmic axis can show."""
-    number = 0.0 if value is None else value
-    return max(number, 1e-12) if panel.log_y else number
-
-
-def _is_single(panel: BarPanel) -> bool:
-    """Whether each group is one bar, which then has the group's name."""
-    return all(len(bars) == 1 for _, bars in panel.groups) and len({bars[0].name for _, bars in panel.groups}) == 1
-
-
-def _draw_bars(axes: Any, panel: BarPanel) -> list[Tip]:
-    low, high = panel.x_range
-    is_single = _is_single(panel)
-    at = 0.0
-    labels: list[tuple[float, str]] = []
-    tips: list[Tip] = []
-    for name, bars in panel.groups:
-        if name and not is_single:
-            at += 0.5
-            axes.text(low, at, name, ha="left", va="center", fontweight="bold", fontsize=8.5)
-            at += 1
-        for bar in bars:
-            color = INKS[bar.role].light
-            axes.barh(at, bar.value - low, 0.72, left=low, color=color, alpha=1 if bar.line == "solid" else 0.55)
-            if bar.low is not None and bar.high is not None:
-                axes.hlines(at, bar.low, bar.high, color=INK, linewidth=1.1)
-            end = max(bar.value, bar.high or bar.value)
-            axes.text(end + 0.015 * (high - low), at, f"{bar.value:.1f}", va="center", fontsize=8, color=INK)
-            labels.append((at, name if is_single and name else bar.name))
-            tips.append(((low + bar.value) / 2, at, bar.tip))
-            at += 1
-    axes.set_yticks([place for place, _ in labels], [label for _, label in labels])
-    axes.set_ylim(at - 0.4, -0.6)
-    axes.set_xlim(low, high + 0.1 * (high - low))
-    if panel.x_range == (0.0, 100.0):
-        axes.set_xticks([0, 25, 50, 75, 100])
-    axes.tick_params(length=0)
-    axes.tick_params(axis="y", labelcolor=INK)
-    axes.spines["bottom"].set_visible(False)
-    axes.grid(axis="x")
-    axes.set_xlabel(panel.x_label)
-    return tips
-
-
-def _draw_heat(axes: Any, panel: HeatPanel) -> list[Tip]:
-    from matplotlib.patches import Rectangle
-
-    tips: list[Tip] = []
-    for row, cells in enumerate(panel.cells):
-        for column, value in enumerate(cells):
-            if value is None:
-                axes.text(column, row, "–", ha="center", va="center", color=SOFT)
-                continue
-            share = min(max(value / 100, 0.0), 1.0)
-            box = Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, linewidth=0)
-            box.set_facecolor(INKS["prior"].light)
-            box.set_alpha(0.04 + 0.96 * share**1.4)
-            axes.add_patch(box)
-            color = ON_SHADE if share > 0.62 else INK
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
-            tips.append((column, row, f"{panel.rows[row]}, {panel.columns[column]}: {value:.1f} %"))
-    axes.set_xlim(-0.5, len(panel.columns) - 0.5)
-    axes.set_ylim(len(panel.rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(panel.columns)), [name.replace(" ", "\n") for name in panel.columns])
-    axes.set_yticks(range(len(panel.rows)), panel.rows)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelcolor=INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return tips
-
-
-def _draw_legend(figure: Any, chart: Chart, *, columns: int) -> None:
-    from matplotlib.lines import Line2D
-
-    has_markers = {
-        (one.name, one.role, one.line): one.has_markers
-        for panel in chart.panels
-        if isinstance(panel, LinePanel)
-        for one in panel.series
-    }
-    handles = [
-        Line2D(
-            [], [], label=name, color=INKS[role].light, linestyle=_DASHES[line], linewidth=1.8,
-            marker=INKS[role].marker if has_markers[name, role, line] else "", markersize=5, markeredgewidth=0,
-        )
-        for name, role, line in chart.legend
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, handlelength=3)
-
-
-def legend_svg(role: str, line: Line) -> str:
+def legend_svg(role: str, line: Line = "solid", *, has_marker: bool = True) -> str:
     """The key of one line, for a legend on the page."""
     dashes = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 2.5"'}[line]
     color = f"var(--ink-{role})"
+    marker = f'<path d="{_KEYS[INKS[role].marker]}" fill="{color}"/>' if has_marker else ""
     return (
         f'<svg class="key" viewBox="0 0 30 12" width="30" height="12" aria-hidden="true">'
-        f'<path d="M1 6H29" fill="none" stroke="{color}" stroke-width="2.5"{dashes}/>'
-        f'<path d="{_KEYS[INKS[role].marker]}" fill="{color}"/></svg>'
+        f'<path d="M1 6H29" fill="none" stroke="{color}" stroke-width="2.5"{dashes}/>{marker}</svg>'
     )
 
 

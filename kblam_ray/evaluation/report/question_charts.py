@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kblam_ray.evaluation.report.chart import Bar, BarPanel, Chart, HeatPanel, LinePanel, Point, Series
@@ -72,6 +72,8 @@ _FAMILIES = (
 _ALONE = (*RETRIEVAL, *ANSWERS, REFUSAL[0])
 """What gets a chart of its own where there are several contexts: a panel for each context."""
 
+_MAIN = (RETRIEVAL[0], ANSWERS[0], REFUSAL[0])
+
 _BY_KIND = (RETRIEVAL[0], ANSWERS[0])
 
 
@@ -85,8 +87,13 @@ def question_charts(sweep: Sweep) -> list[Chart]:
         found += [_family_over_facts(sweep, grown[0], *family) for family in _FAMILIES]
     elif grown:
         found += [_metric_over_facts(sweep, grown, metric) for metric in _ALONE]
+    found += [_over_scale(sweep, metric) for metric in _BY_KIND]
     if len(sweep.contexts) > 1:
-        found += [_compared(sweep, metric, is_detail=bool(grown)) for metric in _ALONE]
+        # Where lines have shown all that varies, bars are for those who want to compare.
+        is_detail = bool(grown) and sweep.varying(sweep.questions) == ("source",)
+        found += [
+            _compared(sweep, metric, is_detail=is_detail or (bool(grown) and metric not in _MAIN)) for metric in _ALONE
+        ]
     elif not grown:
         found += [_family_as_bars(sweep, *family) for family in _FAMILIES]
     found += [_by_kind(sweep, context, metric, is_detail=len(grown) > 1) for context in grown for metric in _BY_KIND]
@@ -98,7 +105,7 @@ def _family_over_facts(
     sweep: Sweep, context: Context, name: str, title: str, metrics: Sequence[Metric]
 ) -> Chart | None:
     sizes = sweep.contexts[context]
-    panels = [_lines(metric.short, sizes, metric) for metric in metrics]
+    panels = [_lines(metric.short, _by_facts(sizes), metric) for metric in metrics]
     shown = [(panel, metric) for panel, metric in zip(panels, metrics, strict=True) if panel.series]
     if not shown:
         return None
@@ -107,7 +114,7 @@ def _family_over_facts(
 
 
 def _metric_over_facts(sweep: Sweep, contexts: Sequence[Context], metric: Metric) -> Chart | None:
-    panels = (_lines(sweep.label(context), sweep.contexts[context], metric) for context in contexts)
+    panels = (_lines(sweep.label(context), _by_facts(sweep.contexts[context]), metric) for context in contexts)
     shown = tuple(panel for panel in panels if panel.series)
     if not shown:
         return None
@@ -117,7 +124,7 @@ def _metric_over_facts(sweep: Sweep, contexts: Sequence[Context], metric: Metric
 def _by_kind(sweep: Sweep, context: Context, metric: Metric, *, is_detail: bool) -> Chart | None:
     sizes = sweep.contexts[context]
     kinds = list(dict.fromkeys(kind for size in sizes for kind in kinds_of(size)))
-    panels = (_lines(words(kind), sizes, metric, kind) for kind in kinds)
+    panels = (_lines(words(kind), _by_facts(sizes), metric, kind) for kind in kinds)
     shown = tuple(panel for panel in panels if panel.series)
     if len(shown) < 2:
         return None
@@ -128,24 +135,55 @@ def _by_kind(sweep: Sweep, context: Context, metric: Metric, *, is_detail: bool)
     return Chart(name, title, f"{metric.about} Bands: 95 % intervals.", shown, is_detail)
 
 
-def _lines(title: str, sizes: Sequence[Size], metric: Metric, group: str = "all") -> LinePanel:
+def _over_scale(sweep: Sweep, metric: Metric) -> Chart | None:
+    """Lines over C, where at least three of it were tried."""
+    rest: dict[Context, list[tuple[float, Size]]] = {}
+    for context, size in sweep.largest().items():
+        if context.kb_scale is not None:
+            rest.setdefault(replace(context, kb_scale=None), []).append((context.kb_scale, size))
+    tried = {context: sorted(scales, key=lambda one: one[0]) for context, scales in rest.items() if len(scales) > 2}
+    panels = (
+        _lines(
+            ", ".join(filter(None, [sweep.label(context, without=("kb_scale",)), _at_facts(scales[0][1])])),
+            scales,
+            metric,
+            x_label="C of the shift log C - log M",
+        )
+        for context, scales in tried.items()
+    )
+    shown = tuple(panel for panel in panels if panel.series)
+    if not shown:
+        return None
+    return Chart(f"{metric.name}-over-scale", f"{metric.title}, by C", f"{metric.about} Bands: 95 % intervals.", shown)
+
+
+def _at_facts(size: Size) -> str:
+    return f"{number(size['num_facts'])} facts"
+
+
+def _by_facts(sizes: Sequence[Size]) -> list[tuple[float, Size]]:
+    return [(size["num_facts"], size) for size in sizes]
+
+
+def _lines(
+    title: str, sizes: Sequence[tuple[float, Size]], metric: Metric, group: str = "all", x_label: str = FACTS
+) -> LinePanel:
+    """Lines over whatever number stands before each size."""
     lines: dict[tuple[str, str, str], list[Point]] = {}
-    order: list[tuple[tuple[str, str, str], Mapping[str, Any]]] = []
-    for size in sizes:
+    for x, size in sizes:
         for result in _shown(size, metric):
             figure = figure_of(result, metric.part, metric.figure, group)
             if figure is None:
                 continue
             name = short_name(result, metric.part)
             key = (name, role_of(result["system"], result["prior"]), LINE_OF.get(result["grounding"], "solid"))
-            order.append((key, result))
-            tip = f"{name}, {number(size['num_facts'])} facts: {_figure_text(figure)}"
-            lines.setdefault(key, []).append(Point(size["num_facts"], *_hundredfold(figure), tip))
+            at = f"{number(size['num_facts'])} facts" if x_label == FACTS else f"C = {x:g}"
+            lines.setdefault(key, []).append(Point(x, *_hundredfold(figure), f"{name}, {at}: {_figure_text(figure)}"))
     series = tuple(
         Series(name, role, line, tuple(lines[name, role, line]))  # type: ignore[arg-type]
         for name, role, line in lines
     )
-    return LinePanel(title, FACTS, metric.unit, series, log_x=True, y_range=(0.0, 100.0))
+    return LinePanel(title, x_label, metric.unit, series, log_x=True, y_range=(0.0, 100.0))
 
 
 def _shown(size: Size, metric: Metric) -> Iterator[Mapping[str, Any]]:
@@ -194,7 +232,7 @@ def _compared(sweep: Sweep, metric: Metric, *, is_detail: bool) -> Chart | None:
         f"{metric.title}, by {by}",
         f"{metric.about} {at}Thin lines: 95 % intervals.",
         tuple(BarPanel(title, metric.unit, tuple(groups)) for title, groups in panels.items()),
-        is_detail and metric not in (RETRIEVAL[0], ANSWERS[0], REFUSAL[0]),
+        is_detail,
     )
 
 
@@ -228,7 +266,7 @@ def _heat(sweep: Sweep, metric: Metric) -> Chart | None:
         if len(kinds) < 2 or not results:
             continue
         found = [[figure_of(result, metric.part, metric.figure, kind) for kind in kinds] for result in results]
-        label = ", ".join(filter(None, [sweep.label(context), f"{number(size['num_facts'])} facts"]))
+        label = ", ".join(filter(None, [sweep.label(context), _at_facts(size)]))
         panels.append(
             HeatPanel(
                 label,

@@ -40,8 +40,8 @@ def _charts_of(
     charts = []
     if panels:
         about = (
-            "Left to right, ever more questions are answered: those that have an answer should come before those that "
-            "have none, so the nearer the curve is to the upper left corner, the better."
+            "Left to right, ever more questions are refused: those that have no answer should come before those that "
+            "have one, so the nearer the curve is to the upper left corner, the better."
             if receiver
             else ""
         )
@@ -70,8 +70,8 @@ def _receiver(scored: Scored) -> LinePanel | None:
                 Point(
                     100 * point["false_positive"],
                     100 * point["true_positive"],
-                    tip=f"{name}: {100 * point['true_positive']:.0f} % of the answerable and "
-                    f"{100 * point['false_positive']:.0f} % of the unanswerable answered",
+                    tip=f"{name}: {100 * point['true_positive']:.0f} % of the unanswerable and "
+                    f"{100 * point['false_positive']:.0f} % of the answerable refused",
                 )
                 for point in result["calibration"]["receiver"]
             ),
@@ -84,8 +84,8 @@ def _receiver(scored: Scored) -> LinePanel | None:
         return None
     return LinePanel(
         "receiver curve",
-        "unanswerable questions answered, %",
-        "answerable ones answered, %",
+        "answerable questions refused, %",
+        "unanswerable ones refused, %",
         series,
         x_range=(0.0, 100.0),
         y_range=(0.0, 100.0),
@@ -100,7 +100,9 @@ def _reliability(scored: Scored) -> LinePanel | None:
         points = tuple(
             Point(
                 100 * one["mean_statistic"],
-                *(100 * one["share_answerable"][end] for end in ("value", "low", "high")),
+                100 * one["share_answerable"]["value"],
+                100 * one["share_answerable"]["low"],
+                100 * one["share_answerable"]["high"],
                 f"{name}: said {100 * one['mean_statistic']:.0f} %, "
                 f"{100 * one['share_answerable']['value']:.0f} % of {one['share_answerable']['count']} have an answer",
             )

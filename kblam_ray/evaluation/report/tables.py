@@ -197,6 +197,9 @@ def _interference(sweep: Sweep) -> Table:
             plain(point.get("divergence")),
             percent(point.get("agreement")),
             percent(point.get("kb_mass")),
+            plain(point.get("answer_divergence")),
+            percent(point.get("answer_agreement")),
+            percent(point.get("answer_kb_mass")),
         )
         for unit in sweep.interference
         for point in unit["interference"]["points"]
@@ -204,6 +207,7 @@ def _interference(sweep: Sweep) -> Table:
     head = (
         *map(words, varying),
         *("facts", "", "perplexity", "x without facts", "divergence, nats", "same next token, %", "KB mass, %"),
+        *("divergence of an answer's first token", "same first token, %", "KB mass there, %"),
     )
     return Table("Text that needs no fact, with facts attached", head, tuple(rows))
 
