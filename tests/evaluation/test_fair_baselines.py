@@ -14,6 +14,7 @@ from model_samples import llama_tokenizer, tiny_adapter, tiny_llama
 
 from kblam_ray.errors import InputError, MissingDependencyError
 from kblam_ray.evaluation.baselines import answering
+from kblam_ray.evaluation.baselines.bm25 import WordSearch
 from kblam_ray.evaluation.baselines.cosine import KeySearch
 from kblam_ray.evaluation.baselines.prompts import InContext, reading_messages, reading_prompt
 from kblam_ray.evaluation.baselines.run import baseline_outcomes
@@ -306,3 +307,17 @@ def test_batches_hold_every_prompt_once_within_their_bounds(lengths, batch_size,
             and len(batch) * longest * longest <= most_tokens * 100
         )
     assert all(len(batch) > 0 for batch in batches)
+
+
+@pytest.mark.parametrize("context", ["last", "last_two"])
+def test_both_searches_read_as_many_turns_as_the_prior(context):
+    model = roomy_model(prior_context=context)
+    task = task_of(model, settings(kinds=["follow_up"], retrieval_only=True))
+    found = outcomes_of(task)
+    turns = {"last": 1, "last_two": 2}[context]
+    words = WordSearch(task.facts.facts, turns).scores(task.questions)
+    assert [one.statistic for one in found[System("bm25")]] == words.max(1).tolist()
+    for question, one in zip(task.questions, found[System("cosine")], strict=True):
+        said = [message["content"] for message in question.messages if message["role"] == "user"]
+        cosines = brute_force_cosines("\n".join(said[-turns:]), task.facts.keys_MP)
+        assert one.statistic == pytest.approx(cosines.max(), abs=1e-5)
