@@ -159,6 +159,15 @@ def test_the_summary_counts_and_groups(evaluation):
     assert found["attention", True, None]["retrieval"]["all"]["@1"]["count"] == 15
     assert found["dense", None, None]["answers"]["simple"]["exact_match"]["count"] == 3
     assert set(found["cosine", None, None]["refusal"]["all"]) == {"area_under_curve"}
+    stated = {
+        name: (part["calibration"]["threshold"], part["calibration"]["is_probability"])
+        for name, part in found.items()
+        if "calibration" in part
+    }
+    assert stated == {
+        ("attention", False, None): (0.5, True), ("attention", True, None): (0.5, True),
+        ("cosine", None, None): (None, False), ("dense", None, None): (None, False),
+    }  # fmt: skip
 
 
 def test_a_row_for_each_question_and_way_of_answering(evaluation):
