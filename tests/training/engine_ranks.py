@@ -50,7 +50,7 @@ def make_engine(strategy: str, module: Trained, accumulation: int, clipping: flo
     if strategy == "ddp":
         return DataParallel(module, module.adapter, optimizer, clipping)
     config = read_deepspeed_config(strategy)
-    if strategy == "zero3":
+    if config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     config = completed(config, micro_batch_size=1, accumulation=accumulation, clipping=clipping)
     return Zero(module, module.adapter, optimizer, config)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-CASES = [f"{strategy}:shared:float32" for strategy in STRATEGIES] + ["ddp:paper:float32", "zero3:paper:float32"]
+OFFLOADED = tuple(f"cluster/deepspeed/zero{stage}-offload.json" for stage in (1, 2, 3))
+CASES = [f"{strategy}:shared:float32" for strategy in (*STRATEGIES, *OFFLOADED)]
+CASES += ["ddp:paper:float32", "zero3:paper:float32"]
 
 RUN = """
 import os, sys, traceback

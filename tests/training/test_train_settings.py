@@ -150,7 +150,10 @@ def test_deepspeed_itself_accepts_them():
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "'optimizer'"),
         ('{"zero_optimization": {"stage": 1}, "scheduler": {}}', "'scheduler'"),
         ('{"zero_optimization": {"stage": 1}, "bf16": {"enabled": true}}', "'bf16'"),
-        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}', "offloading"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}',
+            "offload_optimizer go to 'nvme'",
+        ),
     ],
 )
 def test_deepspeed_settings_that_cannot_be(tmp_path, content, says):

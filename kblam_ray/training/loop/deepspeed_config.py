@@ -1,8 +1,8 @@
 """DeepSpeed's settings: one of the shipped files, or the user's own, completed with what the job's flags decide.
 
 The shipped files are `deepspeed/zero{1,2,3}.json` beside this module, so that an installed package has them;
-`cluster/deepspeed/` shows the same files. They set gradient clipping and everything else whose default would change
-results between versions of DeepSpeed.
+`cluster/deepspeed/` shows the same files, and for each stage one that keeps the optimizer's states in the machine's
+memory. They set gradient clipping and everything else whose default would change results between versions of DeepSpeed.
 """
 
 from __future__ import annotations
@@ -65,12 +65,14 @@ def read_deepspeed_config(strategy: str) -> dict[str, Any]:
         raise InputError(
             "the file turns compute_grad_norm off", where=strategy, help="take it out: the norm shows a run that fails"
         )
-    if {"offload_optimizer", "offload_param"} & set(zero):
-        raise InputError(
-            "the file asks for offloading",
-            where=strategy,
-            help="take it out: checkpoints of this job cannot hold offloaded states; an adapter's are small",
-        )
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device not in ("cpu", "none"):
+            raise InputError(
+                f"the file has {name} go to {device!r}",
+                where=strategy,
+                help='say "cpu": checkpoints of this job hold what is in memory, and nothing that is swapped to disk',
+            )
     return config
 
 
