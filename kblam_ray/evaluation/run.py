@@ -172,6 +172,8 @@ def evaluate(
                 chosen = own_set(facts, own)
             found = _evaluate_size(model, chosen, settings, priors, encoder, progress)
             if scorer is not None:
+                if progress is not None:
+                    progress(f"{len(found.facts):,} facts, BERTScore of the answers")
                 found = replace(found, outcomes=with_bert_scores(found.questions, found.outcomes, scorer))
             sizes.append(found)
     finally:

@@ -32,6 +32,9 @@ from kblam_ray.evaluation.statements import words
 
 PAIRS_PER_BATCH = 64
 
+PAIRS_PER_CALL = 512
+"""bert-score keeps the embeddings of every token it is given until it returns."""
+
 _INSTALL = 'pip install "kblam-ray[evaluate]"'
 
 _LOADING = threading.Lock()
@@ -127,21 +130,21 @@ class BertScore:
         scores = [0.0] * len(texts)
         # bert-score asks the tokenizer for an empty sequence by a method that transformers 5 has not.
         places = [at for at, pair in enumerate(zip(texts, wanted, strict=True)) if all(part.strip() for part in pair)]
-        if not places:
-            return scores
         weights: defaultdict[int | None, float] = defaultdict(lambda: 1.0)
         weights[self._tokenizer.sep_token_id] = weights[self._tokenizer.cls_token_id] = 0.0
-        found = self._score(
-            self._model,
-            [wanted[at] for at in places],
-            [texts[at] for at in places],
-            self._tokenizer,
-            weights,
-            batch_size=PAIRS_PER_BATCH,
-            device=next(self._model.parameters()).device,
-        )
-        for at, score in zip(places, found[:, 2].tolist(), strict=True):
-            scores[at] = min(score, 1.0)  # a cosine of float32 may be a little above
+        for start in range(0, len(places), PAIRS_PER_CALL):
+            some = places[start : start + PAIRS_PER_CALL]
+            found = self._score(
+                self._model,
+                [wanted[at] for at in some],
+                [texts[at] for at in some],
+                self._tokenizer,
+                weights,
+                batch_size=PAIRS_PER_BATCH,
+                device=next(self._model.parameters()).device,
+            )
+            for at, score in zip(some, found[:, 2].tolist(), strict=True):
+                scores[at] = min(score, 1.0)  # a cosine of float32 may be a little above
         return scores
 
 

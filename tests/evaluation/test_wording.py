@@ -152,6 +152,13 @@ def test_bert_score_by_hand(bert):
     assert found == pytest.approx(float(2 * precision * recall / (precision + recall)), abs=1e-5)
 
 
+def test_many_answers_are_scored_in_parts(bert, monkeypatch):
+    scorer = BertScore.load(bert, 2)
+    whole = scorer.f1(*zip(*SENTENCES, strict=True))
+    monkeypatch.setattr(wording, "PAIRS_PER_CALL", 3)
+    assert scorer.f1(*zip(*SENTENCES, strict=True)) == pytest.approx(whole, abs=1e-5)
+
+
 def test_blank_answers_score_nothing(bert):
     scorer = BertScore.load(bert, 1)
     assert scorer.f1(["", " \n", "Lima"], ["Lima", "Lima", "Lima"]) == [0, 0, pytest.approx(1)]
