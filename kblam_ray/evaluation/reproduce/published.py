@@ -164,7 +164,7 @@ def _by_statement(
     summary: Mapping[str, Any] | None,
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     head = ("What", "Model", "Published", "Source", "Here", f"Ours, on {label}")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in statements:
         here = _here(one.model, base_model, summary)
         source = f"{titles[one.source]}, {one.place}"

@@ -7,6 +7,7 @@ folder of its own. Running the same again does what is missing.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kblam_ray.errors import InputError, KblamError
+from kblam_ray.errors import InputError, KblamError, MissingDependencyError
 from kblam_ray.evaluation.report import Published, Section, make_report, write_report
 from kblam_ray.evaluation.reproduce.experiments import Suite, read_suite
 from kblam_ray.evaluation.reproduce.prepare import Fit, MakeFacts, Preparation, given_adapters
@@ -35,6 +36,8 @@ SUMMARY_FILE, ROWS_FILE = "summary.json", "rows.parquet"
 
 BASE_MODEL = "base_model"
 """Name, among what is shipped, of the base model of suites that name none."""
+
+REPORT_PACKAGES = ("jinja2", "matplotlib")
 
 Progress = Callable[[str], None]
 
@@ -82,6 +85,7 @@ def run(
         The job's summary: `output, report, experiments, fitted, not_run`.
 
     Raises:
+        MissingDependencyError: a package that the report needs is not installed.
         InputError: a suite, an experiment or an adapter that is not there; no base model of any suite can be had: the
             report, with the published figures alone, is written before.
         KblamError: what a training or a sweep raises; the report of the experiments before it is written.
@@ -89,6 +93,7 @@ def run(
     tell = progress or (lambda line: None)
     output = Path(settings.output).expanduser().absolute()
     runs = [_read(settings, name, output, shipped) for name in settings.suite]
+    _require_report()
     for one in runs:
         _check(one, settings, check_fit)
     # Names and files of the command line are wrong before hours of work, not after.
@@ -99,7 +104,7 @@ def run(
         raise InputError(
             f"the folder cannot be made: {error.strerror}", where=str(output), help="give another --output"
         ) from None
-    reasons = {one.name: error for one in runs if (error := _missing(one))}
+    reasons = {one.name: reason for one in runs if (reason := _missing(one))}
     for one in runs:
         one.not_run = reasons[one.name].what if one.name in reasons else None
     if len(reasons) == len(runs):
@@ -126,6 +131,15 @@ def _read(settings: ReproduceSettings, name: str, output: Path, shipped: Mapping
     short = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     folder = output if len(settings.suite) == 1 else output / short
     return _Run(short, suite, suite.scale(settings.scale), suite.chosen(settings.experiment), base_model, folder)
+
+
+def _require_report() -> None:
+    """Make sure that the report can be written, before the hours that it is about."""
+    for package in REPORT_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"the report needs the package {package}", help='pip install "kblam-ray[evaluate]"'
+            )
 
 
 def _check(one: _Run, settings: ReproduceSettings, check_fit: Callable[[Mapping[str, Any]], None] | None) -> None:
