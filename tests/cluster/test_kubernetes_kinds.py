@@ -1,4 +1,4 @@
-"""Every Kubernetes object is what the API server and the operators take: misspelt keys, wrong types, clashing numbers."""
+"""Every Kubernetes object is what the API server and the operators take: misspelt keys, wrong types, bad numbers."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ def check(expression: str) -> None:
             (selector,) = [one for one in nodes(str(node)) if isinstance(one, promql_parser.VectorSelector)]
             assert selector.name.endswith(("_total", "_bucket", "_sum", "_count")), f"{selector.name} only grows?"
         if isinstance(node, promql_parser.Call) and node.func.name == "histogram_quantile":
-            assert "le" in str(node.args[1]) and "_bucket" in str(node.args[1]), expression
+            assert "_bucket" in str(node.args[1])
+            for inner in nodes(str(node.args[1])):
+                assert not isinstance(inner, promql_parser.AggregateExpr) or "le" in labels_of(inner), expression
 
 
 def test_counters_and_histograms_export_what_the_check_takes_them_for():
