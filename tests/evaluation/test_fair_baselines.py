@@ -321,3 +321,31 @@ def test_both_searches_read_as_many_turns_as_the_prior(context):
         said = [message["content"] for message in question.messages if message["role"] == "user"]
         cosines = brute_force_cosines("\n".join(said[-turns:]), task.facts.keys_MP)
         assert one.statistic == pytest.approx(cosines.max(), abs=1e-5)
+
+
+def test_a_beginning_that_prompts_share_is_read_once(model, task, monkeypatch):
+    """And the answers are those to each prompt by itself, tokens of the beginning in them or not."""
+    questions = [one for one in task.questions if one.kind != "follow_up"]
+    prompts = [model.chat.render(conversation(question, task.facts.facts)) for question in questions]
+    prompts += [prompts[0][:-1], model.chat.render(task.questions[0].messages), prompts[1]]
+    lengths: list[int] = []
+    plain = answering.Beginning.__init__
+
+    def reads(self, model, ids):
+        lengths.append(len(ids))
+        plain(self, model, ids)
+
+    monkeypatch.setattr(answering.Beginning, "__init__", reads)
+    found = answering.written(task, "in_context", prompts)
+    # All but the one without facts.
+    listing = len(model.chat.render(conversation(questions[0], task.facts.facts)))
+    assert len(lengths) == 1
+    assert answering.SHARED_TOKENS < lengths[0] < min(listing, len(prompts[0]) - 1)
+    assert lengths[0] > 0.8 * listing
+    for prompt, text in zip(prompts, found, strict=True):
+        assert text == answering.generate_answers(model, [prompt], None, MOST)[0]
+    # A prompt that is the whole beginning of another still has a token of its own to go on from.
+    assert answering._num_shared([[1, 2, 3], [1, 2, 3, 4]]) == 2
+    assert answering._num_shared([[1, 2, 3], [1, 2, 3]]) == 2
+    assert answering._num_shared([[1, 2, 3], [1, 4], [1, 2, 3]]) == 1
+    assert answering._num_shared([[1], [2, 3]]) == 0
