@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kblam_ray.evaluation.report.naming import LINE_OF, number, place_of, role_of, short_name, words
+from kblam_ray.evaluation.report.naming import LINE_OF, clipped, number, place_of, role_of, short_name, words
 from kblam_ray.evaluation.report.sweeps import DIMENSIONS, Context
 
 LONGEST_TEXT = 400
@@ -140,4 +140,4 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clipped(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+    return clipped(text, LONGEST_TEXT)

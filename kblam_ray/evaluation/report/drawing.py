@@ -10,7 +10,7 @@ from typing import Any
 
 from kblam_ray.errors import MissingDependencyError
 from kblam_ray.evaluation.report.chart import BarPanel, Chart, HeatPanel, Line, LinePanel, Panel
-from kblam_ray.evaluation.report.naming import INKS, tick
+from kblam_ray.evaluation.report.naming import INKS, clipped, tick
 
 INK, SOFT, RULE, ON_SHADE = "#1b2024", "#5c6670", "#dde2e6", "#fefefe"
 
@@ -40,6 +40,9 @@ _SETTINGS: dict[str, Any] = {
 _DASHES: Mapping[Line, Any] = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.6))}
 _LINE_INCHES = (4.0, 2.7)
 _BAR_INCHES = 0.21
+
+LONGEST_NAME = 34
+"""Letters of a name that leave room for its figure."""
 
 Tip = tuple[float, float, str]
 """Where, in the coordinates of the data, and what is said there."""
@@ -229,7 +232,7 @@ def _draw_bars(axes: Any, panel: BarPanel) -> list[Tip]:
     for name, bars in panel.groups:
         if name and not is_single:
             at += 0.5
-            axes.text(low, at, name, ha="left", va="center", fontweight="bold", fontsize=8.5)
+            axes.text(low, at, clipped(name, LONGEST_NAME), ha="left", va="center", fontweight="bold", fontsize=8.5)
             at += 1
         for bar in bars:
             color = INKS[bar.role].light
@@ -241,7 +244,7 @@ def _draw_bars(axes: Any, panel: BarPanel) -> list[Tip]:
             labels.append((at, name if is_single and name else bar.name))
             tips.append(((low + bar.value) / 2, at, bar.tip))
             at += 1
-    axes.set_yticks([place for place, _ in labels], [label for _, label in labels])
+    axes.set_yticks([place for place, _ in labels], [clipped(label, LONGEST_NAME) for _, label in labels])
     axes.set_ylim(at - 0.4, -0.6)
     axes.set_xlim(low, high + 0.1 * (high - low))
     if panel.x_range == (0.0, 100.0):
@@ -274,7 +277,7 @@ def _draw_heat(axes: Any, panel: HeatPanel) -> list[Tip]:
     axes.set_xlim(-0.5, len(panel.columns) - 0.5)
     axes.set_ylim(len(panel.rows) - 0.5, -0.5)
     axes.set_xticks(range(len(panel.columns)), [name.replace(" ", "\n") for name in panel.columns])
-    axes.set_yticks(range(len(panel.rows)), panel.rows)
+    axes.set_yticks(range(len(panel.rows)), [clipped(name, LONGEST_NAME) for name in panel.rows])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelcolor=INK)
     for spine in axes.spines.values():
@@ -288,7 +291,8 @@ def draw_legend(figure: Any, chart: Chart, *, columns: int) -> None:
 
     handles = [
         Line2D(
-            [], [], label=one.name, color=INKS[one.role].light, linestyle=_DASHES[one.line], linewidth=1.8,
+            [], [], label=clipped(one.name, LONGEST_NAME), color=INKS[one.role].light, linestyle=_DASHES[one.line],
+            linewidth=1.8,
             marker=INKS[one.role].marker if one.has_markers else "", markersize=5, markeredgewidth=0,
         )
         for one in chart.legend

@@ -13,7 +13,7 @@ from kblam_ray.errors import InputError
 from kblam_ray.evaluation.report.chart import Chart
 from kblam_ray.evaluation.report.charts import charts_of
 from kblam_ray.evaluation.report.plots import chart_png
-from kblam_ray.evaluation.report.tables import Table, one_line, sweep_markdown
+from kblam_ray.evaluation.report.tables import Table, one_line, prose, sweep_markdown
 
 PLOTS = "plots"
 """The folder of the plots beside the report."""
@@ -131,14 +131,14 @@ def _slug(name: str, taken: set[str]) -> str:
 
 
 def _markdown(title: str, prepared: Sequence[Prepared], about: str) -> str:
-    parts = [f"# {one_line(title)}", about.strip()]
+    parts = [f"# {one_line(title)}", prose(about)]
     for one in prepared:
         section = one.section
-        parts += [f"## {one_line(section.title)}", section.about.strip()]
+        parts += [f"## {one_line(section.title)}", prose(section.about)]
         parts += [f"![{_alternative(chart.title)}]({PLOTS}/{chart.name}.png)" for chart in one.charts]
         if section.published is not None:
             told = section.published
-            parts += [Table("Beside published figures", told.head, told.rows).markdown(), told.note]
+            parts += [Table("Beside published figures", told.head, told.rows).markdown(), prose(told.note)]
         parts.append(sweep_markdown(section.summary).strip())
         parts.append(_how(section.summary))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -148,11 +148,12 @@ def _how(summary: Mapping[str, Any]) -> str:
     environment = dict(summary.get("environment", {}))
     command = environment.pop("command", None)
     known = [f"{name} {one_line(str(value))}" for name, value in environment.items() if value is not None]
-    lines = [f"Base model {summary['base_model']}."] if summary.get("base_model") else []
+    lines = [f"Base model {one_line(summary['base_model'])}."] if summary.get("base_model") else []
     if known:
         lines.append("; ".join(known) + ".")
     text = f"Measured with: {' '.join(lines)}" if lines else ""
-    return f"{text}\n\n```bash\n{command}\n```" if command else text
+    # Indented, so that nothing in it ends the code.
+    return f"{text}\n\n    {' '.join(command.splitlines())}" if command else text
 
 
 def _alternative(title: str) -> str:

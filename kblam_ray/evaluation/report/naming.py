@@ -121,6 +121,11 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def clipped(text: str, num_letters: int) -> str:
+    """A text of at most so many letters."""
+    return text if len(text) <= num_letters else text[: num_letters - 1] + "…"
+
+
 def number(value: float) -> str:
     """A count, with commas between thousands."""
     return f"{value:,.0f}"

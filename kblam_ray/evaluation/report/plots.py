@@ -21,7 +21,7 @@ from kblam_ray.evaluation.report.drawing import (
     has_upright_label,
     inches,
 )
-from kblam_ray.evaluation.report.naming import INKS
+from kblam_ray.evaluation.report.naming import INKS, clipped
 
 _VARIABLES = {INK: "ink", SOFT: "soft", RULE: "rule", ON_SHADE: "on-shade"} | {
     ink.light: f"ink-{role}" for role, ink in INKS.items()
@@ -73,8 +73,10 @@ def chart_png(chart: Chart) -> bytes:
             panel = chart.panels[place]
             draw(axes, panel)
             if panel.title:
-                axes.set_title(panel.title, pad=18 if has_upright_label(panel) else 8)
-        figure.suptitle(chart.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+                axes.set_title(
+                    clipped(panel.title, int(9 * inches(panel)[0])), pad=18 if has_upright_label(panel) else 8
+                )
+        figure.suptitle(clipped(chart.title, int(10 * width)), x=0.01, ha="left", fontsize=12, fontweight="bold")
         if chart.legend:
             draw_legend(figure, chart, columns=max(1, int(width / 1.9)))
         file = io.BytesIO()

@@ -282,4 +282,9 @@ def _cell(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Text that stays one line, and text, in Markdown that lets HTML through."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    return prose(" ".join(text.split()))
+
+
+def prose(text: str) -> str:
+    """Paragraphs of text that are no HTML in Markdown."""
+    return text.strip().replace("<", "&lt;")
