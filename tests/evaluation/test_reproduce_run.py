@@ -236,3 +236,22 @@ def test_facts_and_adapters_that_nobody_has(shipped, tmp_path):
             {"suite": [suite(tmp_path)], "output": str(tmp_path / "b"), "experiment": ["real"]},
             {"base_model": shipped["base_model"]},
         )
+
+
+def test_a_command_that_cannot_be_done_is_refused_before_anything_is_made(shipped, tmp_path):
+    output, mine = tmp_path / "out", suite(tmp_path)
+    (tmp_path / "other").mkdir()
+    paths = [mine, suite(tmp_path / "other")]
+    with pytest.raises(InputError, match="two suites of the name mine"):
+        reproduced({"suite": paths, "output": str(output)}, shipped)
+    facts = tmp_path / "facts.csv"
+    write_facts((Fact(*fact) for fact in FACTS), str(facts))
+    for given, told in (
+        ([str(tmp_path / "no.jsonl")], "no.jsonl"),
+        (["x=a.csv", "x=b.csv"], "two of the name 'x'"),
+        ([f"places={facts}"], "of the name 'places'"),
+        ([f"synthetic={facts}"], "of the name 'synthetic'"),
+    ):
+        with pytest.raises(InputError, match=told):
+            reproduced({"suite": [mine], "output": str(output), "input": given}, shipped)
+    assert not output.exists()

@@ -27,10 +27,12 @@ from kblam_ray.evaluation.reproduce.experiments import Suite, read_suite
 from kblam_ray.evaluation.reproduce.prepare import Fit, MakeFacts, Preparation, given_adapters
 from kblam_ray.evaluation.reproduce.published import NOT_RUN, published_table
 from kblam_ray.evaluation.reproduce.settings import ReproduceSettings, ScaleName
-from kblam_ray.evaluation.sources import named
+from kblam_ray.evaluation.sources import SYNTHETIC, named
 from kblam_ray.evaluation.sweep.environment import environment
 from kblam_ray.evaluation.sweep.run import ROWS_SCHEMA, SweepResult, sweep
+from kblam_ray.facts import expand_inputs
 from kblam_ray.model.base_model import read_base_config
+from kblam_ray.storage import normalize
 
 SUMMARY_FILE, ROWS_FILE = "summary.json", "rows.parquet"
 
@@ -52,6 +54,7 @@ class _Run:
     experiments: list[str]
     base_model: str
     folder: Path
+    is_alone: bool
     not_run: str | None = None
     sections: dict[str, Section] = field(default_factory=dict)
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -93,11 +96,18 @@ def run(
     tell = progress or (lambda line: None)
     output = Path(settings.output).expanduser().absolute()
     runs = [_read(settings, name, output, shipped) for name in settings.suite]
+    names = [one.name for one in runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two suites of the name {twice}", where="--suite", help="give their files other names")
     _require_report()
     for one in runs:
         _check(one, settings, check_fit)
-    # Names and files of the command line are wrong before hours of work, not after.
-    given = {name: str(Path(place).expanduser().absolute()) for name, place in named(settings.input, "--input").items()}
+    # A wrong file on the command line is found before hours of work, not after.
+    given = {name: normalize(place) for name, place in named(settings.input, "--input").items()}
+    if given:
+        expand_inputs(list(given.values()))
+        for one in runs:
+            _check_names(one, given)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,8 +139,10 @@ def _read(settings: ReproduceSettings, name: str, output: Path, shipped: Mapping
     suite = read_suite(name)
     base_model = settings.base_model or suite.base_model or shipped[BASE_MODEL]
     short = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    folder = output if len(settings.suite) == 1 else output / short
-    return _Run(short, suite, suite.scale(settings.scale), suite.chosen(settings.experiment), base_model, folder)
+    is_alone = len(settings.suite) == 1
+    folder = output if is_alone else output / short
+    scale, experiments = suite.scale(settings.scale), suite.chosen(settings.experiment)
+    return _Run(short, suite, scale, experiments, base_model, folder, is_alone)
 
 
 def _require_report() -> None:
@@ -150,6 +162,15 @@ def _check(one: _Run, settings: ReproduceSettings, check_fit: Callable[[Mapping[
         if check_fit is not None and one.suite.adapters[name].fit is not None:
             recipe = one.suite.fit_of(name, one.scale)
             check_fit({**recipe, "base_model": one.base_model, "output": str(one.folder)})
+
+
+def _check_names(one: _Run, given: Mapping[str, str]) -> None:
+    taken = {SYNTHETIC, *one.suite.facts} & given.keys()
+    if taken:
+        name = min(taken)
+        raise InputError(
+            f"the suite has facts of the name {name!r} already", where="--input", help="write --input OTHER-NAME=FILE"
+        )
 
 
 def _missing(one: _Run) -> InputError | None:
@@ -237,7 +258,7 @@ def _section(one: _Run, name: str, summary: Mapping[str, Any] | None, rows: pa.T
     about = experiment.about if one.not_run is None else f"{NOT_RUN.capitalize()}: {one.not_run}. {experiment.about}"
     title = experiment.title if one.not_run is None else f"{experiment.title} ({one.label}: {NOT_RUN})"
     return Section(
-        name=name if one.folder.name != one.name else f"{one.name}-{name}",
+        name=name if one.is_alone else f"{one.name}-{name}",
         title=title,
         about=about,
         summary=summary or _nothing(one),
