@@ -70,6 +70,7 @@ def test_published_retrieval_stands_beside_ours_by_size():
     assert [row["100"] for row in rows_of(table, "ours: attention with prior")] == ["75.0", "100.0"]
     (bm25, _) = [row for row in rows_of(table, "BM25") if row["Source"] == "this run"]
     assert (bm25["100"], bm25["Here"]) == ("62.5", "run here")
+    assert rows_of(table, "BM25")[0]["Here"] == "–"
     assert not rows_of(table, "ours: cosine")
     assert "arxiv.org/abs/2510.17934" in table.note
 

@@ -180,7 +180,7 @@ def _by_statement(
 
 def _here(model: str, base_model: str, summary: Mapping[str, Any] | None) -> str:
     if model == "none":
-        return "run here" if summary else NOT_RUN
+        return NONE if summary else NOT_RUN
     return "run here" if summary and model == base_model else NOT_RUN
 
 
