@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kblam_ray.errors import MissingDependencyError
 from kblam_ray.evaluation.outcomes import System
 from kblam_ray.evaluation.own_questions import read_questions
-from kblam_ray.evaluation.report import sweep_markdown
+from kblam_ray.evaluation.report import Section, make_report, write_report
 from kblam_ray.evaluation.run import prior_set, priors_of
 from kblam_ray.evaluation.settings import EvaluateSettings
 from kblam_ray.evaluation.sources import sources_of
@@ -23,6 +24,9 @@ from kblam_ray.model.knowledge_model import KnowledgeModel
 from kblam_ray.model.matching import require_encoder
 from kblam_ray.storage import join, normalize
 from kblam_ray.table.knowledge_base import KnowledgeBase
+
+TITLE = "Evaluation"
+"""Of the report and of its one section."""
 
 
 def run(settings: EvaluateSettings, base_model: str, adapters: Mapping[str, str]) -> dict[str, Any]:
@@ -46,10 +50,12 @@ def run(settings: EvaluateSettings, base_model: str, adapters: Mapping[str, str]
         (adapter,) = adapters.values()
         return _answered(settings, settings.question, base_model, adapter)
     own = read_questions(settings.questions) if settings.questions else None
+    _require_packages()
     note = {"command": shlex.join(sys.argv)}
     found = sweep(settings, base_model, adapters, own=own, progress=_tell, note=note)
     output = normalize(settings.output or "")
     _write(output, found)
+    write_report(output, make_report(TITLE, [Section("evaluation", TITLE, "", found.summary, found.rows)]))
     return {
         "output": output,
         "num_units": found.num_units,
@@ -57,7 +63,7 @@ def run(settings: EvaluateSettings, base_model: str, adapters: Mapping[str, str]
         "num_questions": sum(
             sum(unit["size"]["num_questions"].values()) for unit in found.summary["units"] if "size" in unit
         ),
-        "report": join(output, "report.md"),
+        "report": join(output, "report.html"),
         "results": results_of(found.summary),
     }
 
@@ -106,6 +112,17 @@ def _answered(settings: EvaluateSettings, question: str, base_model: str, adapte
     return answer.to_json()
 
 
+def _require_packages() -> None:
+    """What the report is made with, looked for before hours of work."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"the report needs the package {error.name}", help='pip install "kblam-ray[evaluate]"'
+        ) from None
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -114,8 +131,6 @@ def _write(output: str, found: SweepResult) -> None:
     stream = pa.BufferOutputStream()
     pq.write_table(found.rows, stream)
     text = json.dumps(found.summary, ensure_ascii=False, indent=1) + "\n"
-    files = {"rows.parquet": stream.getvalue(), "summary.json": text.encode("utf-8")}
-    files["report.md"] = sweep_markdown(found.summary).encode("utf-8")
-    for name, data in files.items():
+    for name, data in (("rows.parquet", stream.getvalue()), ("summary.json", text.encode("utf-8"))):
         with new_file(join(output, name)) as file:
             file.write(data)

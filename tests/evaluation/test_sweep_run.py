@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from model_samples import tiny_adapter, tiny_llama
@@ -10,11 +12,14 @@ from sweep_samples import SMALL, figures, make_parts, small, swept
 from kblam_ray.attention.adapter import KnowledgeAdapter
 from kblam_ray.errors import AdapterError, EncoderMismatchError, InputError, StorageError, TableNotFoundError
 from kblam_ray.evaluation import sources
+from kblam_ray.evaluation.cost import measure_cost
+from kblam_ray.evaluation.interference import measure_interference
 from kblam_ray.evaluation.outcomes import SCHEMA
 from kblam_ray.evaluation.own_questions import OwnQuestion
 from kblam_ray.evaluation.run import evaluate
 from kblam_ray.evaluation.settings import EvaluationSettings
 from kblam_ray.evaluation.sweep import run, workers
+from kblam_ray.evaluation.sweep import unit as units
 from kblam_ray.evaluation.sweep.run import ROWS_SCHEMA, sweep
 from kblam_ray.facts.fact import Fact
 from kblam_ray.facts.writing import write_facts
@@ -34,7 +39,7 @@ def parts(tmp_path_factory):
     return make_parts(tmp_path_factory.mktemp("sweep"))
 
 
-SWEPT = {"num_facts": [4, 6], "selection": ["all", "similar:2"], "kb_scale": [10, 100], "prior": True}
+SWEPT = {"num_facts": [6], "selection": ["all", "similar:2"], "kb_scale": [10, 100], "prior": True, "max_new_tokens": 1}
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +51,11 @@ def test_a_unit_is_what_evaluating_it_alone_gives(parts, found):
     """Each with its own selection and C, baselines with all of them, whoever asked them."""
     model = KnowledgeModel.from_pretrained(parts["base_model"], parts["adapter"], device="cpu")
     facts = EmbeddedFacts.of(KnowledgeBase.open(parts["kb"]))
-    assert (found.num_units, found.num_resumed) == (8, 0)
+    assert (found.num_units, found.num_resumed) == (4, 0)
     first_row = 0
     for unit in found.summary["units"]:
         model.adapter.configure(kb_scale=unit["kb_scale"])
-        alone = {name: value for name, value in SMALL.items() if name != "device"}
+        alone = {name: value for name, value in SMALL.items() if name != "device"} | {"max_new_tokens": 1}
         num_facts = unit["size"]["num_facts"]
         asked = EvaluationSettings(**alone, num_facts=[num_facts], selection=unit["selection"], prior=True)
         evaluation = evaluate(model, facts, asked)
@@ -92,27 +97,27 @@ def test_the_summary_says_what_was_measured_on_what(parts, found):
 
 
 def test_again_it_does_nothing_and_finds_the_same(parts, found, tmp_path, monkeypatch):
-    first = swept(parts, tmp_path, num_facts=[4], prior=True)
+    first = swept(parts, tmp_path, num_facts=[4], prior=True, max_new_tokens=1)
     monkeypatch.setattr(workers, "do_unit", None)
     told = []
-    again = swept(parts, tmp_path, num_facts=[4], prior=True, progress=told.append)
+    again = swept(parts, tmp_path, num_facts=[4], prior=True, max_new_tokens=1, progress=told.append)
     assert (again.num_units, again.num_resumed) == (1, 1)
     assert (again.summary, again.rows) == (first.summary, first.rows)
     assert told == ["1 of 1 units were done by an earlier run"]
 
 
 def test_more_of_a_sweep_does_what_is_missing(parts, tmp_path, monkeypatch):
-    swept(parts, tmp_path, num_facts=[4])
+    swept(parts, tmp_path, num_facts=[4], retrieval_only=True)
     done = []
     do_unit = workers.do_unit
     monkeypatch.setattr(
         workers, "do_unit", lambda unit, *rest: done.append(unit.told["num_facts"]) or do_unit(unit, *rest)
     )
-    found = swept(parts, tmp_path, num_facts=[6, 4])
+    found = swept(parts, tmp_path, num_facts=[6, 4], retrieval_only=True)
     assert done == [[6]]
     assert [unit["size"]["num_facts"] for unit in found.summary["units"]] == [6, 4]
     # Units of another run in the folder are left alone and not reported.
-    fewer = swept(parts, tmp_path, num_facts=[4])
+    fewer = swept(parts, tmp_path, num_facts=[4], retrieval_only=True)
     assert (fewer.num_units, fewer.num_resumed) == (1, 1)
     assert set(fewer.rows["num_facts"].to_pylist()) == {4}
     assert len(list((tmp_path / "units").iterdir())) == 2
@@ -148,9 +153,9 @@ def test_a_unit_that_fails_ends_the_sweep_and_those_before_are_kept(parts, tmp_p
 
     monkeypatch.setattr(workers, "do_unit", failing)
     with pytest.raises(InputError, match="a bad day"):
-        swept(parts, tmp_path, num_facts=[4, 6])
+        swept(parts, tmp_path, num_facts=[4, 6], retrieval_only=True)
     monkeypatch.setattr(workers, "do_unit", do_unit)
-    assert swept(parts, tmp_path, num_facts=[4, 6]).num_resumed == 1
+    assert swept(parts, tmp_path, num_facts=[4, 6], retrieval_only=True).num_resumed == 1
 
 
 def test_two_adapters_of_two_encoders_on_two_sources(parts, tmp_path):
@@ -205,15 +210,19 @@ def test_held_out_entities_beside_those_trained_on(parts, tmp_path):
 
 def test_own_questions(parts, tmp_path):
     own = [OwnQuestion(question="What is the capital of Peru?", entity="Peru", property="capital")]
-    found = swept(parts, tmp_path, own=own, prior=True)
+    found = swept(parts, tmp_path, own=own, prior=True, retrieval_only=True)
     (unit,) = found.summary["units"]
     assert unit["size"]["num_questions"] == {"own": 1}
-    other = swept(parts, tmp_path, own=[own[0].model_copy(update={"question": "Peru, capital?"})], prior=True)
+    other = swept(parts, tmp_path, own=[own[0].model_copy(update={"question": "Peru, capital?"})], retrieval_only=True)
     assert other.num_resumed == 0
     assert {row["question"] for row in other.rows.to_pylist()} == {"Peru, capital?"}
 
 
-def test_cost_and_interference(parts, tmp_path):
+def test_cost_and_interference(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        units, "measure_interference", partial(measure_interference, texts=["A quiet day.", "Good night!"])
+    )
+    monkeypatch.setattr(units, "measure_cost", partial(measure_cost, new_tokens=2, rounds=1))
     found = swept(parts, tmp_path, interference=[0, 6], cost=[6], kb_scale=[10], kinds=["simple"], baseline=[])
     assert [unit["part"] for unit in found.summary["units"]] == ["questions", "interference", "cost"]
     _, interference, cost = found.summary["units"]

@@ -11,6 +11,8 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
+from kblam_ray.evaluation.cost import measure_cost
+from kblam_ray.evaluation.interference import measure_interference
 from kblam_ray.evaluation.own_questions import OwnQuestion
 from kblam_ray.evaluation.run import evaluate
 from kblam_ray.evaluation.settings import EvaluationSettings
@@ -170,16 +172,12 @@ def _questions(unit: Unit, model: KnowledgeModel, facts: EmbeddedFacts, progress
 
 
 def _interference(unit: Unit, model: KnowledgeModel, facts: EmbeddedFacts, progress: Progress | None) -> Found:
-    from kblam_ray.evaluation.interference import measure_interference
-
     told = unit.told
     found = measure_interference(model, facts, told["sizes"], seed=told["seed"], progress=progress)
     return Found({"interference": found})
 
 
 def _cost(unit: Unit, model: KnowledgeModel, facts: EmbeddedFacts, progress: Progress | None) -> Found:
-    from kblam_ray.evaluation.cost import measure_cost
-
     told = unit.told
     found = measure_cost(
         model, facts, told["sizes"], selections=told["selections"], seed=told["seed"], progress=progress
