@@ -36,6 +36,9 @@ from kblam_ray.table.embedded import EmbeddedFacts
 _NUMBERS_PER_BLOCK = 2**22
 """Logarithms of probabilities, in float64, that are held at a time."""
 
+_NUMBERS_KEPT = 2**26
+"""Logits of the base model that are kept from one number of facts to the next; of others the model runs again."""
+
 
 def unrelated_texts() -> list[str]:
     """The texts that come with the package: everyday passages and chat turns that no knowledge base helps with."""
@@ -92,6 +95,7 @@ def measure_interference(
     if any(sizes) and (True in priors or num_selected is not None):
         encoder = RememberingEncoder(model.prior.encoder)
     points = []
+    base = _BaseLogits(model)
     with _evaluating(model):
         for size in dict.fromkeys(sizes):
             memory = _memory(model, facts, size, seed)
@@ -102,7 +106,7 @@ def measure_interference(
                 # Not text by text: what is derived from an adapter's weights is made anew when it is configured.
                 with prior_set(model.adapter, has_prior):
                     requests = (_prepared(model, encoder, memory, text, num_selected) for text in read)
-                    found = [_measure(model, text, request) for text, request in zip(read, requests, strict=True)]
+                    found = [_measure(model, base, text, one) for text, one in zip(read, requests, strict=True)]
                 points.append({"num_facts": size, "prior": has_prior, "selection": selection, **_figures(found, seed)})
     num_tokens = sum(text.end - text.start for text in read)
     return {"num_texts": len(read), "num_tokens": num_tokens, "seed": seed, "points": points}
@@ -231,10 +235,30 @@ class _Mass:
         self.sum_T += weight_TN[self._places.to(weight_TN.device)].double().mean(1).cpu()
 
 
-def _measure(model: KnowledgeModel, text: _Text, memory: KnowledgeMemory) -> _Measured:
+class _BaseLogits:
+    """What the base model says without facts at the places of a text, [T, V]."""
+
+    def __init__(self, model: KnowledgeModel) -> None:
+        self._model = model
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self._room = _NUMBERS_KEPT
+
+    def of(self, text: _Text) -> torch.Tensor:
+        key = tuple(text.ids)
+        if key in self._kept:
+            return self._kept[key]
+        ids_1T = torch.tensor([text.ids], device=self._model.device)
+        logits_TV = self._model(ids_1T, use_cache=False).logits[0, text.places]
+        if logits_TV.numel() <= self._room:
+            self._room -= logits_TV.numel()
+            self._kept[key] = logits_TV
+        return logits_TV
+
+
+def _measure(model: KnowledgeModel, base: _BaseLogits, text: _Text, memory: KnowledgeMemory) -> _Measured:
+    base_TV = base.of(text)
     mass = _Mass(text.places)
     ids_1T = torch.tensor([text.ids], device=model.device)
-    base_TV = model(ids_1T, use_cache=False).logits[0, text.places]
     with model.attachment.using(memory, mass):
         found_TV = model.base_model(input_ids=ids_1T, use_cache=False).logits[0, text.places]
     mass_T = mass.sum_T / len(model.adapter.config.layers)

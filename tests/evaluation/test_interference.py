@@ -11,6 +11,7 @@ from evaluation_samples import ENCODER, synthetic, tiny_model
 
 from kblam_ray.attention.trace import trace
 from kblam_ray.errors import EncoderMismatchError, InputError
+from kblam_ray.evaluation import interference
 from kblam_ray.evaluation.interference import measure_interference, unrelated_texts
 from kblam_ray.evaluation.questions import drawn_rows
 from kblam_ray.evaluation.run import prior_set
@@ -128,6 +129,12 @@ def test_the_intervals_are_of_texts_drawn_again_in_pairs(model, measured):
     ratio = measured["points"][5]["perplexity_ratio"]
     assert (ratio["low"], ratio["high"]) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     assert high - low > 0.01
+
+
+def test_it_makes_no_difference_whether_the_base_model_s_logits_are_kept(model, measured, monkeypatch):
+    # Room for the first of the texts.
+    monkeypatch.setattr(interference, "_NUMBERS_KEPT", 40 * model.base_model.config.vocab_size)
+    assert measure_interference(model, FACTS, [0, 8, 64], texts=TEXTS) == measured
 
 
 def test_a_selection_is_the_one_of_a_request(model):
