@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ def normalize(uri: str | os.PathLike[str]) -> str:
 
 def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
+
+
+def beside(uri: str, kind: str, name: str) -> str:
+    """Where what belongs to a table and is no part of it goes: a folder next to it, or inside one that is a bucket."""
+    is_bucket = is_s3(uri) and "/" not in uri.removeprefix("s3://")
+    return join(uri, f"_{kind}", name) if is_bucket else join(f"{uri}.{kind}", name)
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,45 @@ def storage_errors(uri: str) -> Iterator[None]:
             help="check that the place exists, that you may write there, and, for S3, the endpoint "
             "(AWS_ENDPOINT_URL), region and credentials: `python -m kblam_ray.check --kb URI`",
         ) from error
+
+
+def replace_file(uri: str, data: bytes) -> None:
+    """Write a small file, in the place of one that may be there: readers see the old one or the new one, whole.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    with storage_errors(uri):
+        if is_s3(uri):
+            # One small object in one request: it appears whole or not at all.
+            store, path = filesystem(uri, is_small=True)
+            with store.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        place = Path(uri)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        try:
+            unfinished.write_bytes(data)
+            sync(str(unfinished))
+            unfinished.replace(place)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def read_file(uri: str) -> bytes | None:
+    """The bytes of a small file; None if it is not there.
+
+    Raises:
+        StorageError: the place cannot be read.
+    """
+    with storage_errors(uri):
+        store, path = filesystem(uri)
+        try:
+            with store.open_input_stream(path) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
 
 
 def sync(uri: str) -> None:

@@ -7,9 +7,10 @@ to read only what is new. The log's commits are one JSON file each, one action p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kblam_ray import storage
 from kblam_ray.errors import TableError
@@ -25,12 +26,14 @@ class Commit:
         added: paths of the files with new rows; files that only hold rows copied from others are not among them.
         removed_data: whether it removed files as a change of data, as another program's DELETE or RESTORE does.
         write_ids: the writes that it made durable.
+        info: the commit's own words: operation, time, and the metadata that its writer gave (`log.commit`).
     """
 
     version: int
     added: tuple[str, ...]
     removed_data: bool
     write_ids: frozenset[str]
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_commits(uri: str, versions: Sequence[int]) -> list[Commit] | None:
@@ -40,10 +43,23 @@ def read_commits(uri: str, versions: Sequence[int]) -> list[Commit] | None:
         TableError: a commit's file is damaged.
         StorageError: the store cannot be read.
     """
+    commits = read_last_commits(uri, versions)
+    return commits if len(commits) == len(versions) else None
+
+
+def read_last_commits(uri: str, versions: Sequence[int]) -> list[Commit]:
+    """The commits that made the last ones of ascending `versions`: those after the newest that the log lacks.
+
+    Raises: as for `read_commits`.
+    """
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(lambda version: _read_commit(uri, version), versions))
-    commits = [commit for commit in found if commit is not None]
-    return commits if len(commits) == len(found) else None
+    commits: list[Commit] = []
+    for commit in reversed(found):
+        if commit is None:
+            break
+        commits.append(commit)
+    return commits[::-1]
 
 
 def find_write(uri: str, write_id: str, *, newest: int, oldest: int = 0) -> int | None:
@@ -84,4 +100,5 @@ def _parse(version: int, actions: list[dict[str, dict]]) -> Commit:
         added=tuple(add["path"] for add in adds if add["dataChange"]),
         removed_data=any(remove["dataChange"] for remove in removes),
         write_ids=frozenset(action["txn"]["appId"] for action in actions if "txn" in action),
+        info=next((action["commitInfo"] for action in actions if "commitInfo" in action), {}),
     )

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from kblam_ray.encoders.base import Encoder, EncoderSpec
 from kblam_ray.encoders.load import encoder_spec, load_encoder
 from kblam_ray.encoders.settings import EncoderSettings
 from kblam_ray.errors import TableError, TableNotFoundError
-from kblam_ray.facts.fact import DEFAULT_IDENTITY, Fact, Identity, content_hash, fact_id, key_text
+from kblam_ray.facts.fact import DEFAULT_IDENTITY, Fact, Identity, fact_id
 from kblam_ray.table.changes import Changes, find_changes
 from kblam_ray.table.compact import RETENTION_H, TARGET_FILE_BYTES, compact
 from kblam_ray.table.given import FactLike, facts_from, identities_from
@@ -20,20 +19,11 @@ from kblam_ray.table.live import find_winners
 from kblam_ray.table.log import TableLog, commit, next_updated_at
 from kblam_ray.table.opening import check_location
 from kblam_ray.table.part import PartFile, write_part
-from kblam_ray.table.plan import (
-    CollidingRowsError,
-    WritePlan,
-    collision,
-    index_facts,
-    plan_write,
-    refuse_collisions_with_live,
-)
-from kblam_ray.table.schema import SCHEMA, TableInfo, delete_rows, new_write_id, upsert_rows
+from kblam_ray.table.plan import refuse_collisions_with_live
+from kblam_ray.table.schema import TableInfo, delete_rows, new_write_id
 from kblam_ray.table.snapshot import Snapshot, read_snapshot
 from kblam_ray.table.vacuum import vacuum
-
-FACTS_PER_PART = 50_000
-"""Facts in one file of an upsert; an upsert is embedded in memory, so larger inputs are for `jobs/embed_kb.py`."""
+from kblam_ray.table.writing import plan_facts, texts_of, write_upserts
 
 EncoderLike = Encoder | EncoderSettings | str
 """A loaded encoder, or the name or settings to load it with when it is first needed."""
@@ -184,7 +174,7 @@ class KnowledgeBase:
         self._refuse_pinned("write")
         given = facts_from(facts)
         self._move_to(self._newest())
-        plan = self._plan(given, self._log)
+        plan = plan_facts(given, self.info.identity, self._log, "upsert")
         version = (
             self._existing().version if plan.is_empty else self._commit_facts([given[row] for row in plan.written])
         )
@@ -271,46 +261,12 @@ class KnowledgeBase:
                 help="open the knowledge base without a version to change it",
             )
 
-    def _plan(self, facts: list[Fact], log: TableLog | None) -> WritePlan:
-        identity = self.info.identity
-        index = index_facts(facts, identity)
-        ids = index["fact_id"].to_numpy()
-        live = _NOTHING_LIVE
-        if log:
-            live = find_winners(log, fact_ids=ids).live().read_sorted(_PLANNED_COLUMNS)
-        try:
-            plan = plan_write(index, live, "upsert")
-        except CollidingRowsError as error:
-            first, second = error.rows
-            raise collision(facts[first], facts[second], identity) from None
-        if len(plan.changed):
-            replaced = live.filter(pa.array(np.isin(live["fact_id"].to_numpy(), ids[plan.changed])))
-            refuse_collisions_with_live([facts[row] for row in plan.changed], [replaced], identity)
-        return plan
-
     def _commit_facts(self, facts: list[Fact]) -> int:
-        texts = [*(key_text(fact.entity, fact.property) for fact in facts), *(fact.value for fact in facts)]
-        row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        embeddings_TP = self._loaded_encoder().encode(list(row_of_text))
-        rows_M2 = np.array([row_of_text[text] for text in texts]).reshape(2, -1).T
+        texts = texts_of(facts)
+        embeddings = dict(zip(texts, self._loaded_encoder().encode(texts), strict=True))
         # Embedding may take long; asking for the time afterwards keeps the span from `updated_at` to commit short.
         updated_at, write_id = next_updated_at(self._log or self.uri), new_write_id()
-        parts = []
-        for start in range(0, len(facts), FACTS_PER_PART):
-            batch, rows_B2 = facts[start : start + FACTS_PER_PART], rows_M2[start : start + FACTS_PER_PART]
-            rows = upsert_rows(
-                fact_ids=[fact_id(fact, self.info.identity) for fact in batch],
-                entities=[fact.entity for fact in batch],
-                properties=[fact.property for fact in batch],
-                values=[fact.value for fact in batch],
-                metadata=[fact.metadata for fact in batch],
-                content_hashes=[content_hash(fact) for fact in batch],
-                key_embeddings_MP=embeddings_TP[rows_B2[:, 0]],
-                value_embeddings_MP=embeddings_TP[rows_B2[:, 1]],
-                updated_at=updated_at,
-                write_id=write_id,
-            )
-            parts.append(write_part(self.uri, rows))
+        parts = write_upserts(self.uri, facts, self.info.identity, embeddings, updated_at, write_id)
         return self._commit(parts, write_id)
 
     def _commit(self, parts: list[PartFile], write_id: str) -> int:
@@ -324,8 +280,3 @@ class KnowledgeBase:
             self.info.require_same(TableInfo(encoder=encoder.spec, identity=self.info.identity), self.uri)
             self._encoder = encoder
         return self._encoder
-
-
-_PLANNED_COLUMNS = ["fact_id", "content_hash", "entity", "property", "value"]
-
-_NOTHING_LIVE = pa.schema([SCHEMA.field(name) for name in _PLANNED_COLUMNS]).empty_table()

@@ -8,10 +8,11 @@ outcome (a dropped connection) finds its version and does not commit twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import deltalake
 import pyarrow as pa
@@ -140,7 +141,9 @@ def next_updated_at(table: str | TableLog) -> int:
     return now if log is None else max(now, log.newest_updated_at() + 1)
 
 
-def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str) -> int:
+def commit_parts(
+    uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str, metadata: Mapping[str, Any] | None = None
+) -> int:
     """Make `parts` part of the table in one atomic commit, creating the table if there is none.
 
     Calling it again with the same `write_id` commits nothing and returns the same version.
@@ -150,11 +153,16 @@ def commit_parts(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id:
 
     Raises: as for `commit`.
     """
-    return commit(uri, info, parts, write_id).version
+    return commit(uri, info, parts, write_id, metadata).version
 
 
-def commit(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str) -> TableLog:
+def commit(
+    uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str, metadata: Mapping[str, Any] | None = None
+) -> TableLog:
     """`commit_parts`, returning the table opened at the version that holds the write.
+
+    Args:
+        metadata: further words for the commit's entry in the log, JSON by name; see `Commit.info`.
 
     Raises:
         EncoderMismatchError: the table has another encoder.
@@ -175,9 +183,9 @@ def commit(uri: str, info: TableInfo, parts: Sequence[PartFile], write_id: str) 
                 return _at_write(log, write_id)
         try:
             if log is None:
-                _create(uri, info, actions, write_id)
+                _create(uri, info, actions, write_id, metadata)
             else:
-                _append(log, actions, write_id)
+                _append(log, actions, write_id, metadata)
         except (DeltaError, OSError) as error:
             # Lost a race to create the table, or the answer to a commit that landed: the next look at the log tells.
             failure = error
@@ -207,7 +215,9 @@ def replace_parts(log: TableLog, parts: Sequence[PartFile], replaced: Sequence[D
     raise _failed(log.uri, failure) from failure
 
 
-def _create(uri: str, info: TableInfo, actions: list[AddAction], write_id: str) -> None:
+def _create(
+    uri: str, info: TableInfo, actions: list[AddAction], write_id: str, metadata: Mapping[str, Any] | None
+) -> None:
     create_table_with_add_actions(
         uri,
         deltalake.Schema.from_arrow(SCHEMA),
@@ -217,16 +227,28 @@ def _create(uri: str, info: TableInfo, actions: list[AddAction], write_id: str) 
         storage_options=storage.delta_storage_options(uri),
         # Of two creators deltalake would commit the slower one's as version 1, description and all: the table would
         # then say the wrong encoder. Without a retry the slower one fails, looks again, and finds a table.
-        commit_properties=_properties(write_id, max_retries=0),
+        commit_properties=_properties(write_id, metadata, max_retries=0),
     )
 
 
-def _append(log: TableLog, actions: Sequence[AddAction | RemoveAction], write_id: str) -> None:
-    log.delta.create_write_transaction([*actions], "append", SCHEMA, commit_properties=_properties(write_id))
+def _append(
+    log: TableLog,
+    actions: Sequence[AddAction | RemoveAction],
+    write_id: str,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    properties = _properties(write_id, metadata)
+    log.delta.create_write_transaction([*actions], "append", SCHEMA, commit_properties=properties)
 
 
-def _properties(write_id: str, *, max_retries: int = _MAX_COMMIT_RETRIES) -> CommitProperties:
-    return CommitProperties(app_transactions=[Transaction(write_id, 1)], max_commit_retries=max_retries)
+def _properties(
+    write_id: str, metadata: Mapping[str, Any] | None, *, max_retries: int = _MAX_COMMIT_RETRIES
+) -> CommitProperties:
+    return CommitProperties(
+        custom_metadata=dict(metadata or {}),
+        app_transactions=[Transaction(write_id, 1)],
+        max_commit_retries=max_retries,
+    )
 
 
 def _failed(uri: str, failure: Exception | None) -> StorageError:

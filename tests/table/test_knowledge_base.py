@@ -23,6 +23,7 @@ from kblam_ray.errors import (
 )
 from kblam_ray.facts.fact import Fact
 from kblam_ray.table import knowledge_base as knowledge_base_module
+from kblam_ray.table import writing
 from kblam_ray.table.log import TableLog
 
 
@@ -251,7 +252,7 @@ def test_an_encoder_that_fails_leaves_the_table(kb, encoder, monkeypatch):
 
 
 def test_a_large_upsert_is_one_commit_of_several_files(kb, monkeypatch):
-    monkeypatch.setattr(knowledge_base_module, "FACTS_PER_PART", 10)
+    monkeypatch.setattr(writing, "FACTS_PER_PART", 10)
     assert kb.upsert((f"e{number}", "p", f"v{number}") for number in range(35)) == 0
     assert len(TableLog.open(kb.uri).files) == 4
     assert contents(kb.snapshot()) == {(f"e{number}", "p"): f"v{number}" for number in range(35)}

@@ -16,6 +16,8 @@ from __future__ import annotations
 import os
 import sys
 import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,13 +28,12 @@ from kblam_ray import storage
 from kblam_ray.encoders import EncoderOptions, EncoderSettings, encoder_spec
 from kblam_ray.encoders.base import EncoderSpec
 from kblam_ray.errors import InputError
-from kblam_ray.facts import expand_inputs, write_rejected
+from kblam_ray.facts import InputFile, expand_inputs, write_rejected
 from kblam_ray.facts.fact import DEFAULT_IDENTITY, Identity
 from kblam_ray.job import JobConfig
 from kblam_ray.ray_session import start_ray
 from kblam_ray.table.live import live_index, read_live
 from kblam_ray.table.log import TableLog, commit_parts, next_updated_at
-from kblam_ray.table.part import PartFile, write_part
 from kblam_ray.table.pipeline import spool
 from kblam_ray.table.pipeline.ambiguity import find_ambiguous_keys
 from kblam_ray.table.pipeline.encode import EncodeReport, Pool, encode_texts, resume_from
@@ -47,14 +48,13 @@ from kblam_ray.table.plan import (
     plan_write,
     refuse_collisions_with_live,
 )
-from kblam_ray.table.schema import TableInfo, delete_rows
+from kblam_ray.table.schema import TableInfo
+from kblam_ray.table.writing import write_deletes
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 
 MAX_SYNC_PASSES = 5
 """A sync that another writer overtook looks again at what the table lacks, at most so often."""
-
-DELETES_PER_PART = 500_000
 
 _IDENTITY_COLUMNS = ["fact_id", "entity", "property", "value"]
 
@@ -79,8 +79,32 @@ class EmbedSettings(JobConfig, EncoderOptions):
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of each encoder worker")
 
 
-def embed(settings: EmbedSettings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Increment:
+    """What a caller adds to a run that is one step of a longer work, such as keeping a table in step with its sources.
+
+    Attributes:
+        write_prefix: the beginning of the write's id, which every row carries.
+        metadata: what the log shall say of the commit, by the version that it was planned against (None: no table) and
+            the `updated_at` of its rows.
+        scanned: called when the files have been read; what it raises ends the run.
+        may_write: which of the planned facts, row numbers of the scan's index, may be written over that version.
+    """
+
+    write_prefix: str
+    metadata: Callable[[int | None, int], Mapping[str, Any]]
+    scanned: Callable[[Scan], None]
+    may_write: Callable[[Scan, np.ndarray, int | None], np.ndarray]
+
+
+def embed(
+    settings: EmbedSettings, files: Sequence[InputFile] | None = None, increment: Increment | None = None
+) -> dict[str, Any]:
     """Bring the table up to date with the input; returns the job's summary.
+
+    Args:
+        files: the input, in order; by default the files that `settings.input` names.
+        increment: what a longer work asks of this step of it.
 
     There is one commit, or none if nothing changed. Only where another writer commits while a sync works, a further
     commit makes the version that the summary names equal to the input.
@@ -91,12 +115,12 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
         StorageError, EncoderError: the machinery failed; the table is as it was.
     """
     kb_uri = storage.normalize(settings.kb)
-    files = expand_inputs(settings.input)
+    files = expand_inputs(settings.input) if files is None else files
     log = TableLog.open_if_exists(kb_uri)
     encoder_settings, info = _agree_on_encoder(settings, log)
     start_ray()
     _refuse_missing_gpus(settings.gpus_per_worker)
-    return _run(settings, kb_uri, Scan(files, info.identity), log, encoder_settings, info)
+    return _run(settings, kb_uri, Scan(files, info.identity), log, encoder_settings, info, increment)
 
 
 def _run(
@@ -106,11 +130,14 @@ def _run(
     log: TableLog | None,
     encoder_settings: EncoderSettings,
     info: TableInfo,
+    increment: Increment | None,
 ) -> dict[str, Any]:
+    if increment:
+        increment.scanned(scan)
     scan.refuse_rejected(settings.on_error)
     previous = version = log.version if log else None
     live = live_index(kb_uri, version) if log else _NOTHING_LIVE
-    first = plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version)
+    first = plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version, increment)
     if settings.mode == "sync" and not len(scan.index):
         raise InputError(
             "the input holds no facts, so --mode sync would delete the whole table",
@@ -119,7 +146,7 @@ def _run(
         )
     rejected_path = None
     if scan.num_rejected:
-        rejected_path = _beside(kb_uri, f"{uuid.uuid4().hex}.jsonl")
+        rejected_path = storage.beside(kb_uri, "rejected", f"{uuid.uuid4().hex}.jsonl")
         write_rejected(scan.rejected(), rejected_path)
         _say(f"{scan.num_rejected} rows rejected: {rejected_path}")
 
@@ -129,7 +156,7 @@ def _run(
     while not plan.is_empty:
         passes += 1
         base = version
-        version, written = _write(settings, kb_uri, scan, plan, encoder_settings, info, report, base)
+        version, written = _write(settings, kb_uri, scan, plan, encoder_settings, info, report, base, increment)
         added, changed = added + len(plan.added), changed + len(plan.changed)
         deleted += len(plan.deleted_ids)
         num_facts = len(live) + len(plan.added) - len(plan.deleted_ids)
@@ -144,7 +171,7 @@ def _run(
         if passes == MAX_SYNC_PASSES:
             _say(f"the table is not equal to the input: others wrote to it during each of {passes} attempts")
             break
-        plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version)
+        plan = _plan(scan, live, settings.mode, info.identity, kb_uri, version, increment)
     _say_what_was_noticed(report)
     return {
         "kb": kb_uri,
@@ -187,7 +214,13 @@ def _agree_on_encoder(settings: EmbedSettings, log: TableLog | None) -> tuple[En
 
 
 def _plan(
-    scan: Scan, live: pa.Table, mode: WriteMode, identity: Identity, kb_uri: str, version: int | None
+    scan: Scan,
+    live: pa.Table,
+    mode: WriteMode,
+    identity: Identity,
+    kb_uri: str,
+    version: int | None,
+    increment: Increment | None,
 ) -> WritePlan:
     try:
         plan = plan_write(scan.index, live, mode)
@@ -200,6 +233,9 @@ def _plan(
         for rows in read_live(kb_uri, version, columns=_IDENTITY_COLUMNS, fact_ids=ids):
             at = order[np.searchsorted(ids, rows["fact_id"].to_numpy(), sorter=order)]
             refuse_collisions_with_live(scan.facts_at(plan.changed[at]), [rows], identity)
+    if increment:
+        added, changed = (rows[increment.may_write(scan, rows, version)] for rows in (plan.added, plan.changed))
+        plan = replace(plan, added=added, changed=changed)
     return plan
 
 
@@ -212,6 +248,7 @@ def _write(
     info: TableInfo,
     report: EncodeReport,
     version: int | None,
+    increment: Increment | None,
 ) -> tuple[int, WrittenFacts]:
     """Encode, write and commit; returns the version that holds the write, and what was written."""
     dim, run_id = info.encoder.dim, uuid.uuid4().hex
@@ -224,43 +261,16 @@ def _write(
         work = plan_work(scan.index, plan.written)
         work = resume_from(leftovers, work, own_spool, report)
         work = encode_texts(scan.blocks, work, encoder_settings, dim, _pool(settings), own_spool, report)
-    stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=run_id)
+    prefix = increment.write_prefix if increment else ""
+    stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=prefix + run_id)
     if work is not None:
         written = write_facts_to_parts(scan.blocks, work, kb_uri, dim, stamp)
-    parts = [*written.parts, *_delete_parts(kb_uri, version, plan, info.identity, stamp)]
-    new_version = commit_parts(kb_uri, info, parts, run_id)
+    deletes = write_deletes(kb_uri, version, plan.deleted_ids, info.identity, stamp.updated_at, stamp.write_id)
+    metadata = increment.metadata(version, stamp.updated_at) if increment else None
+    new_version = commit_parts(kb_uri, info, [*written.parts, *deletes], stamp.write_id, metadata)
     spool.remove_spool(own_spool)
     spool.remove_used_up(leftovers, work.hashes_D if work else None)
     return new_version, written
-
-
-def _delete_parts(
-    kb_uri: str, version: int | None, plan: WritePlan, identity: Identity, stamp: Stamp
-) -> list[PartFile]:
-    """Delete rows for the facts that a sync found gone; they keep the identity of what they delete."""
-    if not len(plan.deleted_ids):
-        return []
-    gone = pa.concat_tables(read_live(kb_uri, version, columns=_IDENTITY_COLUMNS, fact_ids=plan.deleted_ids))
-    return [
-        write_part(
-            kb_uri,
-            delete_rows(
-                fact_ids=rows["fact_id"],
-                entities=rows["entity"],
-                properties=rows["property"],
-                values=rows["value"] if "value" in identity.split(",") else None,
-                updated_at=stamp.updated_at,
-                write_id=stamp.write_id,
-            ),
-        )
-        for rows in (gone.slice(start, DELETES_PER_PART) for start in range(0, len(gone), DELETES_PER_PART))
-    ]
-
-
-def _beside(kb_uri: str, name: str) -> str:
-    """Where rejected rows go: a folder next to the table, or inside one that is a whole bucket."""
-    is_bucket = storage.is_s3(kb_uri) and "/" not in kb_uri.removeprefix("s3://")
-    return storage.join(kb_uri, "_rejected", name) if is_bucket else storage.join(f"{kb_uri}.rejected", name)
 
 
 def _refuse_missing_gpus(gpus_per_worker: float) -> None:

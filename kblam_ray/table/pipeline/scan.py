@@ -130,6 +130,15 @@ class Scan:
             for seq, text in zip(bad["seq"].to_pylist(), bad["rejected"].to_pylist(), strict=True):
                 yield seq, RejectedRow(**json.loads(text))
 
+    def first_refused(self, on_error: str) -> dict[int, RejectedRow]:
+        """By the number of a file: its first rejected row that is not to be skipped."""
+        first: dict[int, tuple[int, RejectedRow]] = {}
+        for seq, row in self._rejected() if self.num_rejected else ():
+            number = seq >> FILE_SHIFT
+            if (on_error == "fail" or row.fatal) and (number not in first or seq < first[number][0]):
+                first[number] = (seq, row)
+        return {number: row for number, (_, row) in first.items()}
+
     def facts_at(self, rows: np.ndarray) -> list[Fact]:
         """The facts at row numbers of the index, in that order."""
         places = self.index.select(["block", "row"]).take(rows)

@@ -1,0 +1,209 @@
+"""What was taken up from where: a pure fold of the commits that took it up.
+
+Each commit of a refresh says in the log which files it took up, in which state (a tag), and the version it was
+planned against, its base. Several refreshes may work on a table at once and die at any moment, and the log is the one
+thing that they cannot disagree about: state kept beside the table could say "done" of what was lost.
+
+Commit order is not the order in which rows win (that is `updated_at`, `write_id`), and a plan writes only what differed
+at its base. So a commit is sure to have put the table in step with its files only if no other refresh committed between
+its base and itself. Where one did, the files of both are in dispute: they are read again, at a base that has seen both,
+and whatever differs is put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+METADATA_KEY = "kblam_refresh"
+"""The name under which a commit's entry in the log says what it took up."""
+
+WRITE_PREFIX = "refresh-"
+"""How the ids of a refresh's writes begin: so that a row says whether a refresh wrote it."""
+
+GONE = ""
+"""The tag of a file that is not there."""
+
+NO_TABLE = -1
+"""The base of a plan for a table that did not exist."""
+
+
+class Verdict(Enum):
+    """What must be done about a file: nothing; take it up; or read it again, because refreshes crossed."""
+
+    DONE = "done"
+    CHANGED = "changed"
+    DISPUTED = "disputed"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one commit took up.
+
+    Attributes:
+        version: of the commit.
+        base: the version that it was planned against, NO_TABLE without one.
+        files: uri -> tag.
+        complete: whether `files` are all of the sources, so that facts of any other file went.
+        updated_at: of the rows that it wrote.
+    """
+
+    version: int
+    base: int
+    files: Mapping[str, str]
+    complete: bool = False
+    updated_at: int = 0
+
+    def metadata(self) -> dict[str, Any]:
+        """What the commit's entry in the log says."""
+        return {
+            METADATA_KEY: {
+                "base": self.base,
+                "complete": self.complete,
+                "updated_at": self.updated_at,
+                "files": [[uri, tag] for uri, tag in self.files.items()],
+            }
+        }
+
+    @classmethod
+    def parse(cls, version: int, info: Mapping[str, Any]) -> Taken | None:
+        """What a commit's entry in the log says; None if it is no refresh's, or says nothing that can be used."""
+        said: Any = info.get(METADATA_KEY)
+        try:
+            return cls(
+                version=version,
+                base=int(said["base"]),
+                files={str(uri): str(tag) for uri, tag in said["files"]},
+                complete=bool(said["complete"]),
+                updated_at=int(said["updated_at"]),
+            )
+        except (TypeError, ValueError, KeyError):
+            return None
+
+
+@dataclass
+class Record:
+    """What is known of one file.
+
+    Attributes:
+        tags: tag -> (the newest version whose facts were compared with the file in that state, the newest version that
+            says the file was in that state).
+        stamp: largest `updated_at` of the commits that took it up.
+        floor: a comparison below this version does not count, because refreshes crossed.
+        until: the largest `updated_at` of the crossing commits' rows.
+    """
+
+    tags: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stamp: int = 0
+    floor: int = NO_TABLE
+    until: int = 0
+
+    @property
+    def seen(self) -> int:
+        return max((seen for _, seen in self.tags.values()), default=NO_TABLE)
+
+    def note(self, tag: str, base: int, seen: int) -> None:
+        old_base, old_seen = self.tags.get(tag, (NO_TABLE, NO_TABLE))
+        self.tags[tag] = max(base, old_base), max(seen, old_seen)
+        if len(self.tags) > 2:
+            # Only the newest other state can outdate one; an older state that comes back is a change.
+            self.tags = dict(sorted(self.tags.items(), key=lambda item: (item[1][1], item[1][0]))[-2:])
+
+
+@dataclass
+class Ledger:
+    """The fold of a table's log up to `version`: what every file's state was when it was taken up.
+
+    Attributes:
+        last_seen: the newest version that says anything of any file.
+        last_complete: the newest version that says it of all sources there were.
+    """
+
+    version: int = NO_TABLE
+    records: dict[str, Record] = field(default_factory=dict)
+    last_seen: int = NO_TABLE
+    last_complete: int = NO_TABLE
+
+    def fold(self, version: int, info: Mapping[str, Any]) -> None:
+        """Take in the next commit of the log, whoever made it."""
+        taken = Taken.parse(version, info)
+        if taken is not None:
+            self._take(taken)
+        self.version = version
+
+    def observe(self, files: Mapping[str, str], base: int, *, complete: bool = False) -> None:
+        """Note that at version `base`, which has been folded, the table had nothing to take up from `files`.
+
+        Args:
+            complete: whether `files` are all of the sources, and the table held nothing else.
+        """
+        files = dict(files)
+        if complete:
+            files.update((uri, GONE) for uri in self.records if uri not in files)
+            self.last_complete = max(self.last_complete, base)
+        for uri, tag in files.items():
+            self.records.setdefault(uri, Record()).note(tag, base, base)
+            self.last_seen = max(self.last_seen, base)
+
+    def verdict(self, uri: str, tag: str) -> Verdict:
+        """What must be done about a file that is now in the state `tag`."""
+        record = self.records.get(uri)
+        if record is None or tag not in record.tags:
+            return Verdict.CHANGED if tag != GONE or record is not None else Verdict.DONE
+        base, _ = record.tags[tag]
+        others = max((seen for other, (_, seen) in record.tags.items() if other != tag), default=NO_TABLE)
+        if base >= max(others, record.floor):
+            return Verdict.DONE
+        return Verdict.CHANGED if others > max(base, record.floor) else Verdict.DISPUTED
+
+    def until(self, uri: str) -> int:
+        """Of a file in dispute: rows of refreshes up to this `updated_at` may be put right from it."""
+        return self.records[uri].until
+
+    def is_complete(self) -> bool:
+        """Whether nothing was taken up since the table was last made equal to all sources."""
+        return self.last_complete >= self.last_seen
+
+    def _take(self, taken: Taken) -> None:
+        is_crossed = self.last_seen > taken.base
+        crossed = [record for record in self.records.values() if record.seen > taken.base] if is_crossed else []
+        files = dict(taken.files)
+        if taken.complete:
+            files.update((uri, GONE) for uri in self.records if uri not in files)
+        for uri, tag in files.items():
+            record = self.records.setdefault(uri, Record())
+            record.note(tag, taken.base, taken.version)
+            record.stamp = max(record.stamp, taken.updated_at)
+        if is_crossed:
+            own = [self.records[uri] for uri in files]
+            until = max([taken.updated_at, *(record.stamp for record in crossed)])
+            for record in [*crossed, *own]:
+                record.floor, record.until = taken.version, max(record.until, until)
+        self.last_seen = taken.version
+        if taken.complete:
+            self.last_complete = taken.version
+
+    def to_json(self) -> dict[str, Any]:
+        """The ledger as JSON; `from_json` makes an equal one."""
+        return {
+            "version": self.version,
+            "last_seen": self.last_seen,
+            "last_complete": self.last_complete,
+            "files": {
+                uri: [record.stamp, record.floor, record.until, {tag: list(at) for tag, at in record.tags.items()}]
+                for uri, record in self.records.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Ledger:
+        """Raises: KeyError, TypeError, ValueError, AttributeError for what `to_json` did not make."""
+        records = {
+            str(uri): Record(
+                {str(tag): (int(base), int(seen)) for tag, (base, seen) in tags.items()}, stamp, floor, until
+            )
+            for uri, (stamp, floor, until, tags) in data["files"].items()
+        }
+        return cls(int(data["version"]), records, int(data["last_seen"]), int(data["last_complete"]))

@@ -1,0 +1,218 @@
+"""What a refresh did and how far behind it is: lines on stderr, a status file, metrics, the summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from kblam_ray import storage
+from kblam_ray.errors import KblamError, StorageError
+from kblam_ray.table.refresh.metrics import RefreshMetrics
+from kblam_ray.table.refresh.sources import SourceFile
+from kblam_ray.table.refresh.taking import Outcome
+
+STATUS_EVERY_S = 10.0
+"""The status file is written after every commit, and otherwise at most so often."""
+
+MAX_NAMED_FILES = 20
+
+
+@dataclass
+class Lag:
+    """Seconds from files' modifications to the commits that took them up."""
+
+    last: float | None = None
+    max: float | None = None
+    num: int = 0
+    total: float = 0.0
+
+    def add(self, lags_s: Iterable[float]) -> None:
+        """Take in the files of one commit; `last` is the longest of them."""
+        lags_s = list(lags_s)
+        if not lags_s:
+            return
+        self.last = max(lags_s)
+        self.max = max(self.last, self.max or 0.0)
+        self.num, self.total = self.num + len(lags_s), self.total + sum(lags_s)
+
+    def summary(self) -> dict[str, float | None]:
+        """`last`, `max` and `mean`, to the millisecond; None before the first file."""
+        mean = self.total / self.num if self.num else None
+        return {
+            name: None if value is None else round(value, 3)
+            for name, value in (("last", self.last), ("max", self.max), ("mean", mean))
+        }
+
+
+@dataclass
+class Report:
+    """Counts of one run, and where they are shown.
+
+    Attributes:
+        refused: URI -> why the file is kept out.
+        vacuumed_at: when the table was last vacuumed, seconds since 1970, by whichever run said so in the status file.
+    """
+
+    kb_uri: str
+    metrics: RefreshMetrics | None = None
+    version: int | None = None
+    previous_version: int | None = None
+    refreshes: int = 0
+    files_read: int = 0
+    files_waiting: int = 0
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+    texts_embedded: int = 0
+    compactions: int = 0
+    vacuumed_files: int = 0
+    failures: int = 0
+    lag: Lag = field(default_factory=Lag)
+    refused: dict[str, KblamError] = field(default_factory=dict)
+    vacuumed_at: float = 0.0
+    _trouble: str = ""
+    _written_at: float = 0.0
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        print(f"refresh: {text}", file=sys.stderr, flush=True)
+
+    def refuse(self, files: dict[SourceFile, KblamError]) -> None:
+        """Files are kept out; said once for each state of each file."""
+        for file, error in files.items():
+            self.refused[file.uri] = error
+            self.failures += 1
+            self.say(f"kept out: {error}")
+            if self.metrics:
+                self.metrics.failed(error.code)
+
+    def forget_refused(self, still_refused: list[SourceFile]) -> None:
+        """Files that went or changed are no longer kept out."""
+        uris = {file.uri for file in still_refused}
+        self.refused = {uri: error for uri, error in self.refused.items() if uri in uris}
+
+    def fail(self, error: KblamError, wait_s: float) -> None:
+        """A try failed and will be made again; said when the error is another than the last one."""
+        self.failures += 1
+        if self.metrics:
+            self.metrics.failed(error.code)
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            self.say(f"{error} (trying again in {wait_s:.0f} s, and so on)")
+        self.write_status("failing", at_once=True)
+
+    def recovered(self) -> None:
+        """What failed works again."""
+        if self._trouble:
+            self._trouble = ""
+            self.say("works again")
+
+    def looked(self, waiting: list[SourceFile], version: int | None) -> None:
+        """The sources were looked at: so many files wait to be taken up."""
+        self.version, self.files_waiting = version, len(waiting)
+        if self.metrics:
+            now = time.time()
+            oldest_s = max([0.0, *(now - file.modified_us / 1e6 for file in waiting)])
+            self.metrics.looked(
+                at_s=now, waiting=len(waiting), oldest_s=oldest_s, refused=len(self.refused), version=version
+            )
+
+    def took_up(self, outcome: Outcome, modified_us: dict[str, int], seconds: float) -> None:
+        """A refresh ended, with a commit or because nothing differed.
+
+        Args:
+            modified_us: when the files that were new or changed were modified, by URI.
+        """
+        now = time.time()
+        self.files_read += len(outcome.taken)
+        self.texts_embedded += outcome.texts_embedded
+        for file in outcome.taken:
+            self.refused.pop(file.uri, None)
+        if outcome.version is None:
+            return
+        self.version = outcome.version
+        self.refreshes += 1
+        self.added, self.changed = self.added + outcome.added, self.changed + outcome.changed
+        self.deleted += outcome.deleted
+        # A clock of another machine may be ahead of ours: no commit comes before what it takes up.
+        taken = [file.uri for file in outcome.taken if file.uri in modified_us]
+        lags_s = [max(0.0, now - modified_us[uri] / 1e6) for uri in taken]
+        self.lag.add(lags_s)
+        if self.metrics:
+            facts = {"added": outcome.added, "changed": outcome.changed, "deleted": outcome.deleted}
+            self.metrics.committed(seconds=seconds, lags_s=lags_s, facts=facts, texts=outcome.texts_embedded)
+        lag = f", lag {max(lags_s):.2f} s" if lags_s else ""
+        self.say(
+            f"version {outcome.version}: {outcome.added} added, {outcome.changed} changed, {outcome.deleted} deleted "
+            f"from {len(outcome.taken)} files in {seconds:.2f} s{lag}"
+        )
+        self.write_status("watching", at_once=True)
+
+    def compacted(self, version: int) -> None:
+        """A compaction committed."""
+        self.compactions += 1
+        self.version = version
+        self.say(f"version {version}: compacted")
+        if self.metrics:
+            self.metrics.compacted()
+
+    def read_status(self) -> None:
+        """Learn from an earlier run when the table was last vacuumed."""
+        try:
+            found = json.loads(storage.read_file(self._status_place()) or b"{}")
+            self.vacuumed_at = float(found.get("vacuumed_at") or 0.0)
+        except (ValueError, TypeError, AttributeError):
+            self.vacuumed_at = 0.0
+
+    def write_status(self, state: str, *, at_once: bool = False) -> None:
+        """Replace the status file; a store that is away is no error here, the refresh itself will say so."""
+        if not at_once and time.monotonic() - self._written_at < STATUS_EVERY_S:
+            return
+        self._written_at = time.monotonic()
+        status = {
+            "kb": self.kb_uri,
+            "state": state,
+            "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            **self.summary(),
+            "failures": self.failures,
+            "trouble": self._trouble or None,
+            "refused": [
+                {"file": uri, "code": error.code, "message": str(error)}
+                for uri, error in list(self.refused.items())[:MAX_NAMED_FILES]
+            ],
+            "vacuumed_at": self.vacuumed_at or None,
+        }
+        try:
+            storage.replace_file(self._status_place(), json.dumps(status, ensure_ascii=False).encode("utf-8"))
+        except StorageError as error:
+            self.say(f"the status file was not written: {error}")
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the run."""
+        return {
+            "version": self.version,
+            "previous_version": self.previous_version,
+            "refreshes": self.refreshes,
+            "files_read": self.files_read,
+            "files_waiting": self.files_waiting,
+            "files_failed": len(self.refused),
+            "added": self.added,
+            "changed": self.changed,
+            "deleted": self.deleted,
+            "texts_embedded": self.texts_embedded,
+            "compactions": self.compactions,
+            "vacuumed_files": self.vacuumed_files,
+            "lag_s": self.lag.summary(),
+        }
+
+    def _status_place(self) -> str:
+        return storage.beside(self.kb_uri, "refresh", "status.json")

@@ -1,0 +1,228 @@
+"""The sources of a table as they are now: which files there are, and in which state each is.
+
+A file's state is its tag: an object's ETag and size, a local file's size and time of modification. Objects appear
+whole. A local file may be seen while it is written; it counts as finished when it was moved to its name after the last
+write, or has stood still for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from kblam_ray import storage
+from kblam_ray.errors import InputError
+from kblam_ray.facts.inputs import SUPPORTED, InputFile, format_of
+from kblam_ray.table.refresh import s3
+
+_WILDCARD = re.compile(r"[*?[]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of facts, in one state.
+
+    Attributes:
+        tag: stands for the file's content; another content has another tag.
+        modified_us: microseconds since 1970, as the disk or the store says.
+        is_settled: whether it is sure that nobody writes to it any more.
+    """
+
+    uri: str
+    tag: str
+    modified_us: int
+    size_bytes: int
+    is_settled: bool = True
+
+    def as_input(self) -> InputFile:
+        """The file as the readers of facts take it."""
+        known = format_of(self.uri)
+        assert known is not None, self.uri
+        return InputFile(self.uri, known[0], known[1], self.size_bytes)
+
+
+class Pattern:
+    """One `--input`: a file, a folder or prefix with all below it, or a glob of files.
+
+    What it means is what `facts.inputs.expand_inputs` says, but nothing need be there.
+
+    Attributes:
+        uri: normalised.
+        base: the folder or prefix that everything it means lies in, or the file itself.
+    """
+
+    def __init__(self, given: str) -> None:
+        self.uri = storage.normalize(given)
+        self.is_s3 = storage.is_s3(self.uri)
+        wildcard = _WILDCARD.search(self.uri)
+        if wildcard and not self.is_s3 and os.path.lexists(self.uri):
+            wildcard = None
+        self.base = self.uri[: wildcard.start()].rpartition("/")[0] if wildcard else self.uri
+        if wildcard and self.is_s3 and self.base in ("s3:/", "s3:", ""):
+            raise InputError("a wildcard in a bucket's name", where=self.uri, help="name the bucket")
+        self._parts = tuple(self.uri[len(self.base) :].strip("/").split("/")) if wildcard else None
+
+    def means(self, uri: str) -> bool:
+        """Whether the file `uri`, of a supported kind, is one of the pattern's."""
+        if format_of(uri) is None:
+            return False
+        if uri == self.uri:
+            return True
+        if not uri.startswith(self.base.rstrip("/") + "/"):
+            return False
+        parts = tuple(uri[len(self.base.rstrip("/")) + 1 :].split("/"))
+        if not all(parts) or any(part.startswith((".", "_")) for part in parts):
+            return False
+        return self._parts is None or _matches(parts, self._parts)
+
+
+class Sources:
+    """The files that a table is kept in step with.
+
+    Args:
+        inputs: as a person gives them.
+        kb_uri: the table; it and what lies beside it are no sources.
+        settle_s: how long a local file that may still be written must have stood still.
+
+    Attributes:
+        unnameable: local files that the last listing passed over, because their names are not UTF-8.
+
+    Raises:
+        InputError: an input that can never mean a file.
+    """
+
+    def __init__(self, inputs: Sequence[str], kb_uri: str, settle_s: float) -> None:
+        self.patterns = [Pattern(given) for given in inputs]
+        self._own = tuple({kb_uri + "/", *(storage.beside(kb_uri, kind, "") for kind in ("refresh", "rejected"))})
+        self._settle_s = settle_s
+        self._first_seen: dict[str, tuple[str, float]] = {}
+        self.unnameable: set[str] = set()
+        for pattern in self.patterns:
+            if os.path.isfile(pattern.uri) and format_of(pattern.uri) is None:
+                raise InputError(
+                    "an unsupported kind of file", where=pattern.uri, help=f"the name must end in {SUPPORTED}"
+                )
+
+    def means(self, uri: str) -> bool:
+        """Whether a file is one of the sources."""
+        return not uri.startswith(self._own) and any(pattern.means(uri) for pattern in self.patterns)
+
+    def missing(self) -> list[str]:
+        """The local inputs that name one place at which nothing is: a disk that is not mounted looks like that."""
+        return [p.uri for p in self.patterns if not p.is_s3 and p.base == p.uri and not os.path.lexists(p.uri)]
+
+    def list(self) -> dict[str, SourceFile]:
+        """All files that are there, by URI.
+
+        Raises:
+            StorageError: a disk or a store does not answer.
+        """
+        found: dict[str, SourceFile] = {}
+        for pattern in self.patterns:
+            listed = _list_s3(pattern.base) if pattern.is_s3 else self._list_local(pattern.base)
+            found.update((file.uri, file) for file in listed if self.means(file.uri))
+        self.unnameable = {uri for uri in found if not _is_utf8(uri)}
+        for uri in self.unnameable:
+            del found[uri]
+        self._first_seen = {uri: seen for uri, seen in self._first_seen.items() if uri in found}
+        return found
+
+    def look_at(self, uri: str) -> SourceFile | None:
+        """One file as it is now; None if it is not there.
+
+        Raises:
+            StorageError: the disk or the store does not answer.
+        """
+        if storage.is_s3(uri):
+            found = s3.look_at(uri)
+            return None if found is None else _object(uri, *found)
+        with storage.storage_errors(uri):
+            try:
+                return self._local(uri, os.stat(uri))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def _list_local(self, base: str) -> Iterator[SourceFile]:
+        with storage.storage_errors(base):
+            for path in _walk(base):
+                try:
+                    status = os.stat(path)
+                except FileNotFoundError:
+                    continue  # removed since the folder was read, or a link to nothing
+                yield self._local(path, status)
+
+    def _local(self, path: str, status: os.stat_result) -> SourceFile:
+        tag = f"{status.st_size}-{status.st_mtime_ns}"
+        file = SourceFile(path, tag, status.st_mtime_ns // 1_000, status.st_size)
+        # Moving a file changes its status and not its content: it was finished before it got its name.
+        was_moved = status.st_ctime_ns > status.st_mtime_ns and status.st_size > 0
+        if was_moved or time.time() - status.st_mtime >= self._settle_s:
+            return file
+        # A clock of another machine may be ahead: then what counts is how long we have seen it stand still.
+        known_tag, since = self._first_seen.get(path, ("", 0.0))
+        if known_tag != tag:
+            self._first_seen[path] = (tag, since := time.monotonic())
+        if time.monotonic() - since >= self._settle_s:
+            return file
+        return SourceFile(path, tag, file.modified_us, file.size_bytes, is_settled=False)
+
+
+def _walk(base: str) -> Iterator[str]:
+    """The files at or below `base`, through links to folders too, each folder once."""
+    if not os.path.isdir(base):
+        yield from [base] if os.path.lexists(base) else []
+        return
+    seen: set[tuple[int, int]] = set()
+    folders = [base]
+    while folders:
+        folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            continue
+        for entry in entries:
+            if entry.name.startswith((".", "_")):
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            else:
+                yield entry.path
+
+
+def _list_s3(base: str) -> Iterator[SourceFile]:
+    for uri, etag, size_bytes, modified_s in s3.list_objects(base):
+        yield _object(uri, etag, size_bytes, modified_s)
+
+
+def _object(uri: str, etag: str, size_bytes: int, modified_s: float) -> SourceFile:
+    return SourceFile(uri, f"{etag}-{size_bytes}", int(modified_s * 1_000_000), size_bytes)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def in_order(files: Iterable[SourceFile]) -> list[SourceFile]:
+    """By time of modification: of two files that state one fact the one modified last counts."""
+    return sorted(files, key=lambda file: (file.modified_us, file.uri))
+
+
+def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether a path's parts fit a glob's, where `**` stands for any number of folders."""
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_matches(parts[depth:], patterns[1:]) for depth in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])

@@ -1,0 +1,218 @@
+"""Take up a few files in this process: plan, embed what is new with an encoder that stays loaded, commit."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kblam_ray import storage
+from kblam_ray.encoders import EncoderOptions, EncoderSettings, encoder_spec, load_encoder
+from kblam_ray.encoders.base import Encoder, EncoderSpec
+from kblam_ray.errors import InputError, KblamError
+from kblam_ray.facts import Fact, write_rejected
+from kblam_ray.facts.fact import DEFAULT_IDENTITY, fact_id
+from kblam_ray.table.live import find_winners
+from kblam_ray.table.log import TableLog, commit, next_updated_at
+from kblam_ray.table.pipeline.run import DEFAULT_ENCODER
+from kblam_ray.table.plan import WritePlan
+from kblam_ray.table.refresh.history import History
+from kblam_ray.table.refresh.ledger import WRITE_PREFIX, Taken, Verdict
+from kblam_ray.table.refresh.reading import ReadBatch, read_batch
+from kblam_ray.table.refresh.settings import RefreshSettings
+from kblam_ray.table.refresh.sources import SourceFile, Sources
+from kblam_ray.table.schema import TableInfo
+from kblam_ray.table.writing import plan_facts, texts_of, write_deletes, write_upserts
+
+MAX_REPLANS = 5
+"""How often a plan is made again before its commit because another refresh committed meanwhile."""
+
+ANY_TIME = int(np.iinfo(np.int64).max)
+"""Later than any row."""
+
+_MAX_KEPT_EMBEDDINGS = 50_000
+
+
+@dataclass
+class Outcome:
+    """What became of the files of one refresh.
+
+    Attributes:
+        version: that holds the commit; None if there was nothing to write.
+        taken: files that the table is in step with, by the commit or because nothing differed.
+        refused, moved: as in `ReadBatch`.
+    """
+
+    version: int | None = None
+    taken: list[SourceFile] = field(default_factory=list)
+    refused: dict[SourceFile, KblamError] = field(default_factory=dict)
+    moved: list[SourceFile] = field(default_factory=list)
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+    texts_embedded: int = 0
+
+
+class Resident:
+    """Takes up small batches. The encoder is loaded when it is first needed and stays."""
+
+    def __init__(self, settings: RefreshSettings, history: History, sources: Sources) -> None:
+        self._settings, self._history, self._sources = settings, history, sources
+        self._asked: EncoderSpec | None = None
+        self._encoder: Encoder | None = None
+        self._embeddings: dict[str, np.ndarray] = {}
+
+    def encoder(self) -> Encoder:
+        """The encoder of the table, or of the one that will be made.
+
+        Raises:
+            EncoderError, EncoderNotFoundError: it cannot be had.
+        """
+        if self._encoder is None:
+            spec = self.info(self._history.log).encoder
+            name = self._settings.encoder or spec.name
+            self._encoder = load_encoder(EncoderSettings(name=name, expected_revision=spec.revision, **self._options()))
+        return self._encoder
+
+    def info(self, log: TableLog | None) -> TableInfo:
+        """What a version says that its table is made with, or, without one, what it will be made with.
+
+        Raises:
+            EncoderMismatchError, TableError: another encoder or identity was asked for than the table's.
+        """
+        if self._asked is None and (self._settings.encoder or log is None):
+            self._asked = encoder_spec(self._settings.encoder or DEFAULT_ENCODER, **self._options())
+        there = log.info if log else TableInfo(encoder=self._asked, identity=DEFAULT_IDENTITY)
+        identity = self._settings.identity or there.identity
+        asked = TableInfo(encoder=self._asked if self._settings.encoder else there.encoder, identity=identity)
+        if log:
+            log.info.require_same(asked, log.uri)
+        return asked
+
+    def _options(self) -> dict[str, Any]:
+        return self._settings.model_dump(include=set(EncoderOptions.model_fields))
+
+    def take_up(self, files: Sequence[SourceFile], *, sync: bool) -> Outcome | None:
+        """Bring the table in step with files, in one commit, or in none if nothing differs.
+
+        Args:
+            files: in the order in which they count; with `sync` all of the sources.
+            sync: whether facts that are in no file go.
+
+        Returns:
+            None: it is too much for this process, and nothing was done.
+
+        Raises:
+            FactIdCollisionError: facts of the files collide.
+            InputError: a sync of files that hold no facts at all.
+            StorageError, EncoderError: the machinery failed; the table is as before.
+        """
+        batch = read_batch(files, self._sources, self._settings.on_error)
+        if batch is None:
+            return None
+        outcome = Outcome(refused=batch.refused, moved=batch.moved)
+        if sync and len(batch.facts) < len(files):
+            return outcome  # facts of a file that cannot be read must not go
+        if sync and not any(batch.facts.values()):
+            raise InputError(
+                "the input holds no facts, so a sync would delete the whole table",
+                where=", ".join(self._settings.input),
+                help="check the input; to empty a table on purpose, delete the facts or the table",
+            )
+        if batch.facts and not self._commit(batch, outcome, sync):
+            return None
+        if batch.rejected and outcome.taken:
+            place = storage.beside(self._history.uri, "rejected", f"{uuid.uuid4().hex}.jsonl")
+            write_rejected(batch.rejected, place)
+            print(f"refresh: {len(batch.rejected)} rows rejected: {place}", file=sys.stderr, flush=True)
+        return outcome
+
+    def _commit(self, batch: ReadBatch, outcome: Outcome, sync: bool) -> bool:
+        """Plan and commit what was read; False if there are too many texts to embed here."""
+        history = self._history
+        for tries_left in reversed(range(MAX_REPLANS)):
+            log, base = history.look(), history.base
+            files = [file for file in batch.facts if sync or self._verdict(file) is not Verdict.DONE]
+            facts = [fact for file in files for fact in batch.facts[file]]
+            info = self.info(log)
+            plan = plan_facts(facts, info.identity, log, "sync" if sync else "upsert")
+            if not sync:
+                until = [self._until(file) for file in files for _ in batch.facts[file]]
+                plan = restricted(plan, facts, np.array(until, np.int64), info, log)
+            written = [facts[row] for row in plan.written]
+            if not self._embed(texts_of(written), outcome):
+                return False
+            history.look()
+            if history.base == base or history.ledger.last_seen <= base or not tries_left:
+                break
+        tags = {file.uri: file.tag for file in files}
+        outcome.taken = list(batch.facts)
+        if plan.is_empty:
+            history.ledger.observe(tags, base, complete=sync)
+            return True
+        write_id = WRITE_PREFIX + uuid.uuid4().hex
+        updated_at = next_updated_at(history.log or history.uri)
+        parts = write_upserts(history.uri, written, info.identity, self._embeddings, updated_at, write_id)
+        if log is not None:
+            parts += write_deletes(log, None, plan.deleted_ids, info.identity, updated_at, write_id)
+        # The commit's own version is in the log, not in what it says.
+        taken = Taken(version=base, base=base, files=tags, complete=sync, updated_at=updated_at)
+        outcome.version = commit(history.uri, info, parts, write_id, taken.metadata()).version
+        outcome.added, outcome.changed = len(plan.added), len(plan.changed)
+        outcome.deleted = len(plan.deleted_ids)
+        return True
+
+    def _verdict(self, file: SourceFile) -> Verdict:
+        return self._history.ledger.verdict(file.uri, file.tag)
+
+    def _until(self, file: SourceFile) -> int:
+        return self._history.ledger.until(file.uri) if self._verdict(file) is Verdict.DISPUTED else ANY_TIME
+
+    def _embed(self, texts: list[str], outcome: Outcome) -> bool:
+        new = [text for text in texts if text not in self._embeddings]
+        if len(new) > self._settings.small_texts:
+            return False
+        if len(self._embeddings) + len(new) > _MAX_KEPT_EMBEDDINGS:
+            self._embeddings = {text: self._embeddings[text] for text in texts if text in self._embeddings}
+        if new:
+            self._embeddings.update(zip(new, self.encoder().encode(new), strict=True))
+            outcome.texts_embedded += len(new)
+        return True
+
+
+def restricted(
+    plan: WritePlan, facts: Sequence[Fact], until_N: np.ndarray, info: TableInfo, log: TableLog | None
+) -> WritePlan:
+    """The plan without the facts that a file in dispute may not put right; see `may_write`."""
+    added, changed = (
+        rows[may_write(np.array([fact_id(facts[row], info.identity) for row in rows], np.int64), until_N[rows], log)]
+        for rows in (plan.added, plan.changed)
+    )
+    return replace(plan, added=added, changed=changed)
+
+
+def may_write(ids_W: np.ndarray, until_W: np.ndarray, log: TableLog | None) -> np.ndarray:
+    """Whether each planned fact may be written over its row in a version, whose file may be in dispute: bool [W].
+
+    A file in dispute was taken up already: only what a refresh wrote may be put right, and only what the crossing
+    ones wrote or found. What others wrote since stays.
+
+    Args:
+        until_W: the largest `updated_at` that may be written over, by fact; the largest int64 for a file that changed.
+    """
+    may_W = np.ones(len(ids_W), bool)
+    limited = np.flatnonzero(until_W < ANY_TIME)
+    if log is None or not len(limited):
+        return may_W
+    winners = find_winners(log, fact_ids=ids_W[limited])
+    place = {int(id_): at for at, id_ in enumerate(winners.fact_ids_M)}
+    for row in limited:
+        at = place.get(int(ids_W[row]))
+        if at is not None:
+            is_ours = winners.write_ids_M[at].as_py().startswith(WRITE_PREFIX)
+            may_W[row] = is_ours and winners.updated_at_M[at] <= until_W[row]
+    return may_W

@@ -1,0 +1,189 @@
+"""What the sources hold and what of it must be taken up: the listing, the events, the files kept out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kblam_ray.errors import KblamError, StorageError
+from kblam_ray.table.plan import WriteMode
+from kblam_ray.table.refresh.ledger import GONE, Ledger, Verdict
+from kblam_ray.table.refresh.sources import SourceFile, Sources, in_order
+from kblam_ray.table.refresh.sqs import EventQueue, Message
+
+_RETRY_S = (2.0, 60.0)
+"""A file that its store does not give is tried again after the first, then ever more rarely, up to the second."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a look found to do.
+
+    Attributes:
+        files: to be taken up, in the order in which they count.
+        disputed: those among them that were taken up and must be read again only because refreshes crossed.
+        unsettled: local files that may still be written.
+        all_files: all of the sources, where a sync can be made and is owed; else None.
+    """
+
+    files: list[SourceFile]
+    disputed: frozenset[str]
+    unsettled: list[SourceFile]
+    all_files: list[SourceFile] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.files or self.all_files)
+
+
+@dataclass
+class _Refusal:
+    tag: str
+    retry_at: float | None
+    wait_s: float
+
+
+class Watch:
+    """The sources as last seen.
+
+    Args:
+        events: the queue that says what changed; None: every look lists all.
+        list_every_s: between full listings where there is a queue.
+
+    Attributes:
+        files: as last seen, by URI.
+        listing_s: how long the last full listing took.
+    """
+
+    def __init__(self, sources: Sources, mode: WriteMode, events: EventQueue | None, list_every_s: float) -> None:
+        self._sources, self._mode, self._events, self._list_every_s = sources, mode, events, list_every_s
+        self.files: dict[str, SourceFile] = {}
+        self.listing_s = 0.0
+        self._listed_at: float | None = None
+        self._messages: list[Message] = []
+        self._event_us: dict[str, tuple[str, int]] = {}
+        self._refusals: dict[str, _Refusal] = {}
+
+    def look(self, *, receive: bool = False) -> None:
+        """See what the sources hold now.
+
+        Args:
+            receive: ask the queue here, instead of taking what its thread received.
+
+        Raises:
+            StorageError: a disk, a store or the queue does not answer.
+        """
+        now = time.monotonic()
+        if self._events is None or self._listed_at is None or now - self._listed_at >= self._list_every_s:
+            self.files = self._sources.list()
+            self._listed_at, self.listing_s = now, time.monotonic() - now
+            self._refusals = {uri: refusal for uri, refusal in self._refusals.items() if uri in self.files}
+        if self._events is not None:
+            self._messages += self._events.receive_all() if receive else self._events.take()
+            self._follow_events()
+
+    def _follow_events(self) -> None:
+        """An event says that an object changed, perhaps long ago; what it is now, the store says."""
+        for uri in {event.uri for message in self._messages for event in message.events}:
+            found = self._sources.look_at(uri)
+            if found is None:
+                self.files.pop(uri, None)
+            else:
+                self.files[uri] = found
+        for message in self._messages:
+            for event in message.events:
+                if event.at_us is not None and event.etag is not None:
+                    self._event_us[event.uri] = (event.etag, event.at_us)
+
+    def modified_us(self, file: SourceFile) -> int:
+        """When the file came to be as it is: as its event says, to the millisecond, else as the store says."""
+        etag, at_us = self._event_us.get(file.uri, ("", 0))
+        return at_us if etag and file.tag.startswith(f"{etag}-") else file.modified_us
+
+    def pending(self, ledger: Ledger) -> Pending:
+        """What must be done, as far as the ledger knows."""
+        open_files, disputed, unsettled = [], set(), []
+        for file in self.files.values():
+            verdict = ledger.verdict(file.uri, file.tag)
+            if verdict is Verdict.DONE or self.is_refused(file):
+                continue
+            if not file.is_settled:
+                unsettled.append(file)
+                continue
+            open_files.append(file)
+            if verdict is Verdict.DISPUTED:
+                disputed.add(file.uri)
+        all_files = None
+        if self._mode == "sync" and self._can_sync(unsettled):
+            is_gone = any(
+                uri not in self.files and ledger.verdict(uri, GONE) is not Verdict.DONE for uri in ledger.records
+            )
+            if open_files or is_gone or not ledger.is_complete():
+                all_files = in_order(self.files.values())
+        return Pending(in_order(open_files), frozenset(disputed), unsettled, all_files)
+
+    def _can_sync(self, unsettled: list[SourceFile]) -> bool:
+        """Whether all sources can be read: the facts of a file that cannot must not go."""
+        if not self.files or unsettled or any(self.is_refused(file) for file in self.files.values()):
+            return False
+        # A folder that is not there may be a disk that is not mounted; a file that was one is simply gone.
+        return not [uri for uri in self._sources.missing() if not self._sources.means(uri)]
+
+    def is_refused(self, file: SourceFile) -> bool:
+        """Whether the file is kept out, in this state, now."""
+        refusal = self._refusals.get(file.uri)
+        if refusal is None or refusal.tag != file.tag:
+            return False
+        return refusal.retry_at is None or time.monotonic() < refusal.retry_at
+
+    def refused(self) -> list[SourceFile]:
+        """The files that are there and could not be taken up in the state that they are in."""
+        return [
+            file for uri, refusal in self._refusals.items() if (file := self.files.get(uri)) and file.tag == refusal.tag
+        ]
+
+    def refuse(self, files: Mapping[SourceFile, KblamError]) -> dict[SourceFile, KblamError]:
+        """Keep files out until they change, or for a while where the store failed; returns those that are news."""
+        news = {}
+        for file, error in files.items():
+            known = self._refusals.get(file.uri)
+            is_known = known is not None and known.tag == file.tag
+            wait_s = min(2 * known.wait_s, _RETRY_S[1]) if known and is_known else _RETRY_S[0]
+            retry_at = time.monotonic() + wait_s if isinstance(error, StorageError) else None
+            self._refusals[file.uri] = _Refusal(file.tag, retry_at, wait_s)
+            if not is_known:
+                news[file] = error
+        return news
+
+    def accept(self, files: list[SourceFile]) -> None:
+        """Files were taken up."""
+        for file in files:
+            self._refusals.pop(file.uri, None)
+
+    def settle_messages(self, ledger: Ledger) -> None:
+        """Delete the messages whose objects are all taken up, and let go of those that name a refused file.
+
+        Raises:
+            StorageError: the queue does not answer.
+        """
+        if self._events is None:
+            return
+        done, left, kept = [], [], []
+        for message in self._messages:
+            uris = {event.uri for event in message.events}
+            files = [file for uri in uris if (file := self.files.get(uri))]
+            gone = [uri for uri in uris if uri not in self.files] if self._mode == "sync" else []
+            if any(self.is_refused(file) for file in files):
+                left.append(message)
+            elif all(ledger.verdict(file.uri, file.tag) is Verdict.DONE for file in files) and all(
+                ledger.verdict(uri, GONE) is Verdict.DONE for uri in gone
+            ):
+                done.append(message)
+            else:
+                kept.append(message)
+        self._messages = kept
+        self._events.forget(left)
+        self._events.done(done)
+        waiting = {event.uri for message in kept for event in message.events}
+        self._event_us = {uri: at for uri, at in self._event_us.items() if uri in waiting}
