@@ -61,6 +61,9 @@ def test_published_retrieval_stands_beside_ours_by_size():
     assert (published["Facts of"], published["Metric"], published["Source"]) == ("Enron", "@1", "AtlasKV, Table 3")
     assert [published[size] for size in ("10", "100", "1,000", "10,000")] == ["90.0", "50.9", "25.5", "7.3"]
     assert (published["5,000"], published["Here"]) == ("–", NOT_RUN)
+    assert "200" not in table.head
+    other = rows_of(table, "BM25")[0]
+    assert (other["100"], other["Other sizes"].split(", ")[:2]) == ("99.9", ["50: 99.2", "200: 99.4"])
     alone = rows_of(table, "ours: attention alone")
     assert [(row["Metric"], row["100"], row["5,000"], row["10"]) for row in alone] == [
         ("@1", "50.0", "25.0", "–"),

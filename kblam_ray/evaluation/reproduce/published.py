@@ -6,7 +6,8 @@ without numbers is named and not guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from kblam_ray.job import JobConfig
 
 NOT_RUN = "not run here"
 NONE = "–"
+OTHER_SIZES = "Other sizes"
 
 Ours = Literal["attention", "selection", "bm25", "largest", "memory", "context", "none"]
 Metric = Literal["@1", "@5"]
@@ -134,25 +136,32 @@ def _by_size(
     label: str,
     summary: Mapping[str, Any] | None,
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Published rows, then ours, with a column for each size of the knowledge base."""
+    """Published rows, then ours, with a column for each size that we have or most figures have."""
     ours = list(_ours_by_size(summary, {one.ours for one in figures})) if summary else []
-    sizes = {size for one in figures for values in one.values.values() for size in values}
-    sizes |= {size for _, _, _, values in ours for size in values}
-    order = sorted(sizes)
-    head = ("What", "Model", "Facts of", "Metric", *(f"{size:,}" for size in order), "Source", "Here")
+    counts = Counter(size for one in figures for size in one.values["@1"])
+    # Sizes that few figures have would make the table too wide to read.
+    order = sorted(
+        {size for size, count in counts.items() if 2 * count > len(figures)} | {size for one in ours for size in one[3]}
+    )
+    head = ("What", "Model", "Facts of", "Metric", *(f"{size:,}" for size in order), OTHER_SIZES, "Source", "Here")
     rows = []
     for one in figures:
         for metric, values in one.values.items():
-            cells = (_percent(values.get(size)) for size in order)
             source = f"{titles[one.source]}, {one.place}"
             here = _here(one.model, base_model, summary)
-            rows.append((one.system, _model(one.model), one.data, metric, *cells, source, here))
+            rows.append((one.system, _model(one.model), one.data, metric, *_cells(values, order), source, here))
     for what, data, measured, shares in ours:
-        cells = (_percent(None if (share := shares.get(size)) is None else 100 * share) for size in order)
-        rows.append((what, label, data, measured, *cells, "this run", "run here"))
+        values = {size: 100 * share for size, share in shares.items()}
+        rows.append((what, label, data, measured, *_cells(values, order), "this run", "run here"))
     if not summary:
-        rows.append(("ours", label, NONE, NONE, *(NONE for _ in order), NONE, NOT_RUN))
+        rows.append(("ours", label, NONE, NONE, *_cells({}, order), NONE, NOT_RUN))
     return head, rows
+
+
+def _cells(values: Mapping[int, float], order: Sequence[int]) -> list[str]:
+    """The values at the sizes that have a column, then the others in one cell."""
+    others = [f"{size:,}: {_percent(value)}" for size, value in values.items() if size not in order]
+    return [*(_percent(values.get(size)) for size in order), ", ".join(others) or NONE]
 
 
 def _by_statement(
