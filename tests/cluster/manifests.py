@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,12 @@ UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapp
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """All documents of a YAML file."""
+    """All documents of a YAML file, for the caller to change as it likes."""
+    return copy.deepcopy(_read(path))
+
+
+@lru_cache
+def _read(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.load_all(path.read_text(encoding="utf-8"), UniqueKeys) if document]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import tomllib
@@ -59,10 +58,8 @@ def test_there_is_no_file_that_nothing_checks():
 def test_nothing_in_cluster_can_be_imported_and_nothing_imports_it():
     assert not list(CLUSTER.rglob("*.py"))
     for path in [*(ROOT / "kblam_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not any(name.split(".")[0] == "cluster" for name in names), path
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) cluster\b", text, re.MULTILINE), path
 
 
 def test_one_image_of_this_version_everywhere():
@@ -109,7 +106,7 @@ def test_ports_have_one_number_each(manifest: Manifest):
             assert PORTS[port["name"]] == port["containerPort"]
     policies = [value for path, value in walk(manifest.content) if path and path[-1] == "port"]
     if manifest.kind == "NetworkPolicy":
-        assert set(policies) <= {*PORTS.values(), 53, 443}
+        assert set(policies) <= {*PORTS.values(), 53, 443, 6443}
     if manifest.kind == "PodMonitor":
         assert set(policies) <= PORTS.keys()
 
@@ -248,8 +245,7 @@ def test_shared_memory_and_memory_fit_into_the_pods():
 
 
 def test_pods_fit_onto_the_machines_that_they_ask_for():
-    import boto3
-    from moto import mock_aws
+    from moto.ec2.models.instance_types import INSTANCE_TYPES  # as EC2 describes them
 
     wanted = [
         (template["spec"]["nodeSelector"]["node.kubernetes.io/instance-type"], template["spec"]["containers"])
@@ -258,15 +254,8 @@ def test_pods_fit_onto_the_machines_that_they_ask_for():
         if "nodeSelector" in template["spec"]
     ]
     assert len(wanted) == 4
-    with pytest.MonkeyPatch.context() as patch, mock_aws():
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.delenv("AWS_ENDPOINT_URL", raising=False)
-        ec2 = boto3.client("ec2", region_name="us-east-1")
-        described = ec2.describe_instance_types(InstanceTypes=sorted({name for name, _ in wanted}))["InstanceTypes"]
-    machines = {one["InstanceType"]: one for one in described}
     for name, (container,) in wanted:
-        machine, limits = machines[name], container["resources"]["limits"]
+        machine, limits = INSTANCE_TYPES[name], container["resources"]["limits"]
         assert quantity(limits["cpu"]) <= ALLOCATABLE * machine["VCpuInfo"]["DefaultVCpus"]
         assert quantity(limits["memory"]) <= ALLOCATABLE * machine["MemoryInfo"]["SizeInMiB"] * 2**20
         gpus = sum(gpu["Count"] for gpu in machine.get("GpuInfo", {}).get("Gpus", []))

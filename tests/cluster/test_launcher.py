@@ -116,6 +116,8 @@ def test_the_resources_are_those_of_the_machines(started):
     for name, node in started["available_node_types"].items():
         declared = node["resources"]
         assert declared.get("GPU", 0) == found[name]["resources"].get("GPU", 0)
+        options = node.get("docker", {}).get("worker_run_options", [])
+        assert ("--env NVIDIA_VISIBLE_DEVICES=all" in options) is bool(declared.get("GPU"))
         if name != started["head_node_type"]:  # which takes no work
             assert declared["CPU"] == found[name]["resources"]["CPU"]
     assert found["trainer"]["resources"]["accelerator_type:A100"] == 1
