@@ -69,10 +69,10 @@ class Page(HTMLParser):
 def evil_section(name: str = "sweep"):
     """A small sweep whose every name and text is hostile."""
     given = summary(
-        questions_unit(10, ways=WAYS, source=EVIL, kinds=["simple", "paraphrase"]),
-        questions_unit(1_000, ways=WAYS, source=EVIL, kinds=["simple", "paraphrase"]),
-        interference_unit(source=EVIL),
+        questions_unit(10, ways=WAYS, source=EVIL, kinds=["simple"]),
+        questions_unit(1_000, ways=WAYS, source=EVIL, kinds=["simple"]),
         cost_unit(source=EVIL),
+        cost_unit(source=f"{EVIL} too", sizes=[10]),
         notes=[EVIL],
         base_model=EVIL,
     )
@@ -143,6 +143,7 @@ def test_the_page_says_what_was_found_and_how(page: Page):
         "6 of 12 questions", "question 1 of world", "with scripts allowed",
     ):  # fmt: skip
         assert text.lower() in page.text.lower(), text
+    assert f"2 knowledge bases: {EVIL}, {EVIL} too · 10 to 1,000 facts · 36 rows" in page.text
     assert len(page.all("figure")) == len(page.all("figcaption"))
     assert page.all("noscript")
 

@@ -40,6 +40,7 @@ _SETTINGS: dict[str, Any] = {
 _DASHES: Mapping[Line, Any] = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.6))}
 _LINE_INCHES = (4.0, 2.7)
 _BAR_INCHES = 0.21
+_TIPS_OF_CURVE = 25
 
 LONGEST_NAME = 34
 """Letters of a name that leave room for its figure."""
@@ -129,7 +130,10 @@ def _draw_lines(axes: Any, panel: LinePanel) -> list[Tip]:
             color=ink.light, linewidth=0.6 if panel.has_bars else 1.8, linestyle=_DASHES[one.line], zorder=3 + depth,
             marker=ink.marker if one.has_markers else "", markersize=5, markeredgewidth=0,
         )  # fmt: skip
-        tips += [(x, y, point.tip) for x, y, point in zip(xs, ys, points, strict=True) if point.tip]
+        # Of a curve some points tell their numbers: one cannot point at a hundred.
+        step = 1 if one.has_markers else math.ceil(len(points) / _TIPS_OF_CURVE) or 1
+        told = list(zip(xs, ys, points, strict=True))[::step]
+        tips += [(x, y, point.tip) for x, y, point in told if point.tip]
     for mark in panel.marks:
         color = SOFT if mark.role == "soft" else INKS[mark.role].light
         axes.axvline(place(mark.x), color=color, linewidth=1.2, linestyle=_DASHES["dashed"], zorder=2)

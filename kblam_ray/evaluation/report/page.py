@@ -63,7 +63,7 @@ def page(title: str, prepared: Sequence[Prepared], *, about: str = "") -> str:
     return environment.from_string(_file("page.html")).render(
         title=title,
         about=_paragraphs(about),
-        when=_when(prepared),
+        facts=[line for line in (_extent(prepared), _when(prepared)) if line],
         style=Markup(_style()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -187,6 +187,32 @@ def _ways(sections: Sequence[Mapping[str, Any]], Markup: Any) -> list[tuple[str,
     if not any(section["charts"] for section in sections):
         return []
     return [(name, about, Markup(legend_svg(role))) for role, name, about in WAYS]
+
+
+def _extent(prepared: Sequence[Prepared]) -> str:
+    """How much was asked, of what."""
+    sizes: list[int] = []
+    sources: dict[str, None] = {}
+    adapters: dict[str, None] = {}
+    for one in prepared:
+        summary = one.section.summary
+        sizes += [unit["size"]["num_facts"] for unit in summary.get("units", ()) if unit["part"] == "questions"]
+        sources |= dict.fromkeys(unit["source"] for unit in summary.get("units", ()) if unit.get("source"))
+        adapters |= dict.fromkeys(summary.get("candidates", {}))
+    num_rows = sum(len(one.section.rows) for one in prepared)
+    ends = dict.fromkeys(number(size) for size in (min(sizes), max(sizes))) if sizes else {}
+    parts = [
+        _counted(len(prepared), "experiment") if len(prepared) > 1 else "",
+        f"{_counted(len(sources), 'knowledge base')}: {', '.join(sources)}" if sources else "",
+        f"{_counted(len(adapters), 'adapter')}: {', '.join(adapters)}" if len(adapters) > 1 else "",
+        f"{' to '.join(ends)} facts" if ends else "",
+        f"{_counted(num_rows, 'row')} of question and answer" if num_rows else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{number(count)} {name}{'s' * (count != 1)}"
 
 
 def _when(prepared: Sequence[Prepared]) -> str:
