@@ -22,9 +22,6 @@ CLUSTER = ROOT / "cluster"
 IN_IMAGE = "/opt/kblam-ray/"
 """Where the image holds jobs/ and the settings."""
 
-TO_COME = {"refresh_kb"}
-"""Jobs that manifests name and that may not be there yet: their flags are checked from the day they are."""
-
 _COMMAND = re.compile(r"python\s+(?:\S*/)?jobs/(\w+)\.py((?:[ \t]+[^\s;&|]+)*)")
 
 

@@ -28,7 +28,7 @@ from tests.cluster.manifests import (
 )
 
 IMAGE = f"registry.example.com/kblam-ray:{kblam_ray.__version__}"
-PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080, "serve": 8000}
+PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080, "serve": 8000, "refresh": 9464}
 ALLOCATABLE = 0.96
 """Share of a machine that Kubernetes leaves to pods, of CPUs and of memory, on machines of 16 CPUs and more."""
 
@@ -218,6 +218,24 @@ def test_answers_that_were_begun_are_finished():
     (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > limits.drain_timeout_s
     assert service["rayClusterDeletionDelaySeconds"] >= limits.drain_timeout_s + limits.request_timeout_s
+
+
+def test_versions_are_kept_equally_long_by_all_that_remove_files():
+    found = set(re.findall(r"--retention-h[ =](\d+)", " ".join(yaml.safe_dump(one.content) for one in kubernetes())))
+    assert found == {"720"}
+    assert "30 days" in guide()
+    for kind, name in (("CronJob", "kblam-refresh"), ("Deployment", "kblam-watch"), ("CronJob", "kblam-compact")):
+        assert "--retention-h" in yaml.safe_dump(named(kind, name))
+
+
+def test_a_job_that_is_stopped_may_finish_what_it_has_begun():
+    from kblam_ray.table.refresh.settings import RefreshSettings
+
+    head = named("RayCluster", "kblam-jobs")["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    (wait_s,) = [float(entry["value"]) for entry in head["env"] if entry["name"] == "RAY_JOB_STOP_WAIT_TIME_S"]
+    assert wait_s > RefreshSettings.model_fields["stop_s"].default
+    watcher = named("Deployment", "kblam-watch")["spec"]["template"]["spec"]
+    assert watcher["terminationGracePeriodSeconds"] > wait_s
 
 
 def test_the_server_finds_its_adapter_and_its_keys():

@@ -42,6 +42,7 @@ def test_what_there_is():
         ("PodDisruptionBudget", "kblam-answerers"),
         ("PodDisruptionBudget", "kblam-heads"),
         ("PodMonitor", "kblam-ray-nodes"),
+        ("PodMonitor", "kblam-refresh"),
         ("PodMonitor", "kblam-server"),
         ("PrometheusRule", "kblam"),
         ("RayCluster", "kblam-jobs"),

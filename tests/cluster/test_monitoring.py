@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.request
 from typing import Any
 
 import promql_parser
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kblam_ray.serving.metrics import Metrics
 from kblam_ray.serving.settings import ServeSettings
+from kblam_ray.table.refresh.metrics import RefreshMetrics
 from tests.cluster.manifests import CLUSTER, dashboard, named, quantity, serve_config
 
 FOREIGN = {"kube_cronjob_status_last_successful_time": {"cronjob"}}
@@ -28,15 +30,33 @@ def exported() -> dict[str, set[str]]:
             if labels != {"role"}:
                 family.labels(**dict.fromkeys(labels, "x"))
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(metrics.text()):
-        for sample in family.samples:
-            found.setdefault(sample.name, set()).update(sample.labels)
+    for text in (metrics.text(), refreshs_text()):
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found.setdefault(sample.name, set()).update(sample.labels)
     return found
+
+
+def refreshs_text() -> str:
+    """What a watcher of sources serves that has done everything once."""
+    metrics = RefreshMetrics("kb/world", "127.0.0.1", 0)
+    try:
+        metrics.looked(at_s=1.0, waiting=1, oldest_s=1.0, refused=0, version=3)
+        metrics.committed(seconds=1.0, lags_s=[1.0], facts={"added": 1}, texts=2)
+        metrics.failed("storage")
+        metrics.compacted()
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics") as answer:
+            text = answer.read().decode()
+    finally:
+        metrics.close()
+    return "".join(f"{line}\n" for line in text.splitlines() if "_created" not in line)
 
 
 EXPORTED = exported()
 TYPES = {
-    family.name: family.type for family in text_string_to_metric_families(Metrics("answerer-1", "answerer").text())
+    family.name: family.type
+    for text in (Metrics("answerer-1", "answerer").text(), refreshs_text())
+    for family in text_string_to_metric_families(text)
 }
 
 
@@ -156,7 +176,7 @@ def labels_of(node: Any) -> set[str]:
 def test_there_is_an_alert_for_what_an_operator_must_know():
     assert {rule["alert"] for rule in rules()} >= {
         *("KblamDown", "KblamNoReplica", "KblamFailures", "KblamOverloaded", "KblamLag", "KblamRefreshFailures"),
-        *("KblamKnowledgeMemory", "KblamProcessMemory", "KblamSourcesLate"),
+        *("KblamKnowledgeMemory", "KblamProcessMemory", "KblamSourcesLate", "KblamScheduleLate"),
     }
 
 
@@ -175,7 +195,7 @@ def test_thresholds_are_those_of_the_server():
     assert f"0.9 * {memory / 2**30:g} * 2 ^ 30" in by_name["KblamProcessMemory"]
     # An hour without a good run is four missed ones.
     assert named("CronJob", "kblam-refresh")["spec"]["schedule"].startswith("*/15 ")
-    assert by_name["KblamSourcesLate"].endswith("> 3600")
+    assert by_name["KblamScheduleLate"].endswith("> 3600")
 
 
 def test_the_server_is_asked_at_one_place():
@@ -191,6 +211,16 @@ def test_the_server_is_asked_at_one_place():
     # Else the operator's own label would take the place of the route.
     assert target["honorLabels"] is True
     assert serve_config()["proxy_location"] == "EveryNode"
+
+
+def test_the_watcher_is_asked_where_it_runs():
+    (target,) = named("PodMonitor", "kblam-refresh")["spec"]["podMetricsEndpoints"]
+    head = named("RayCluster", "kblam-jobs")["spec"]["headGroupSpec"]["template"]
+    selected = named("PodMonitor", "kblam-refresh")["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= head["metadata"]["labels"].items()
+    ports = {port["name"]: port["containerPort"] for port in head["spec"]["containers"][0]["ports"]}
+    (container,) = named("Deployment", "kblam-watch")["spec"]["template"]["spec"]["containers"]
+    assert f"--metrics-host 0.0.0.0 --metrics-port {ports[target['port']]}\n" in container["args"][0]
 
 
 def test_the_dashboard_is_one_that_grafana_shows():
