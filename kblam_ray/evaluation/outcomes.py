@@ -11,7 +11,7 @@ import pyarrow as pa
 from kblam_ray.evaluation.metrics import exact_match, retrieved_at, token_f1
 from kblam_ray.evaluation.questions import Asked
 from kblam_ray.evaluation.statements import ValueIndex
-from kblam_ray.evaluation.wording import BertScore, reference, rouge
+from kblam_ray.evaluation.wording import BertScore, references, rouge
 
 AT = (1, 5)
 """The k of retrieval @k."""
@@ -91,9 +91,8 @@ def judged(
         is_cited = set(question.wanted) <= set(cited)
     if not question.values:
         return Outcome(statistic=statistic, refused=refused, text=text, is_cited=is_cited)
-    wanted = reference(question.values)
-    precision, recall, f1 = token_f1(text, wanted, given=question.given, names=question.names)
-    shared = rouge(text, wanted)
+    precision, recall, f1 = token_f1(text, " ".join(question.values), given=question.given, names=question.names)
+    shared = rouge(text, references(question.values, question.sentence))
     return Outcome(
         statistic=statistic,
         refused=refused,
@@ -112,25 +111,28 @@ def judged(
 def with_bert_scores(
     questions: Sequence[Asked], outcomes: Mapping[System, Sequence[Outcome]], scorer: BertScore
 ) -> dict[System, list[Outcome]]:
-    """The outcomes with BERTScore for every answer that is judged; answers alike are scored once.
+    """The outcomes with BERTScore for every answer that is judged, against the nearest of its references.
+
+    Answers alike are scored once.
 
     Args:
         questions: in the order of each list of outcomes.
     """
+    wanted = [references(question.values, question.sentence) for question in questions]
     pairs = {
-        (outcome.text, reference(question.values)): 0.0
+        (outcome.text, one): 0.0
         for found in outcomes.values()
-        for question, outcome in zip(questions, found, strict=True)
+        for several, outcome in zip(wanted, found, strict=True)
         if outcome.text is not None and outcome.is_exact is not None
+        for one in several
     }
-    texts, wanted = [text for text, _ in pairs], [values for _, values in pairs]
-    pairs = dict(zip(pairs, scorer.f1(texts, wanted), strict=True))
+    pairs = dict(zip(pairs, scorer.f1([text for text, _ in pairs], [one for _, one in pairs]), strict=True))
     return {
         system: [
             outcome
             if outcome.text is None or outcome.is_exact is None
-            else replace(outcome, bert_score=pairs[outcome.text, reference(question.values)])
-            for question, outcome in zip(questions, found, strict=True)
+            else replace(outcome, bert_score=max(pairs[outcome.text, one] for one in several))
+            for several, outcome in zip(wanted, found, strict=True)
         ]
         for system, found in outcomes.items()
     }
@@ -145,6 +147,7 @@ SCHEMA = pa.schema(
         ("question", pa.string()),
         ("context", pa.string()),
         ("wanted", pa.list_(pa.string())),
+        ("sentence", pa.string()),
         ("should_answer", pa.bool_()),
         ("system", pa.string()),
         ("prior", pa.bool_()),
@@ -162,7 +165,8 @@ SCHEMA = pa.schema(
         ("is_cited", pa.bool_()),
     ]
 )
-"""Columns of `rows.parquet`. `context`: the turns before the question, JSON; `wanted`: the values of a right answer."""
+"""Columns of `rows.parquet`. `context`: the turns before the question, JSON; `wanted`: the values of a right answer;
+`sentence`: the sentence that states them."""
 
 
 def rows_table(num_facts: int, questions: Iterable[Asked], outcomes: dict[System, list[Outcome]]) -> pa.Table:
@@ -176,6 +180,7 @@ def rows_table(num_facts: int, questions: Iterable[Asked], outcomes: dict[System
             "question": question.text,
             "context": json.dumps([dict(message) for message in question.messages[:-1]], ensure_ascii=False),
             "wanted": list(question.values),
+            "sentence": question.sentence,
             "should_answer": question.should_answer,
         }
         for number, question in enumerate(questions)

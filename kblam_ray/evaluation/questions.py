@@ -42,6 +42,7 @@ class Asked:
         values: what a right answer states; empty likewise.
         names: entities and properties asked for.
         reason: why there is no answer.
+        sentence: a right answer as a sentence; None where nobody wrote one.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Asked:
     values: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     reason: str | None = None
+    sentence: str | None = None
 
     @property
     def text(self) -> str:
@@ -70,6 +72,7 @@ class Asked:
             should_answer=bool(question.facts),
             wanted=question.facts,
             values=question.values,
+            sentence=question.answer if question.facts else None,
             names=tuple(name for pair in question.asked for name in pair),
             reason=question.reason,
         )

@@ -1,9 +1,10 @@
 """How near the wording of an answer is to what it shall state: ROUGE and BERTScore, by their libraries.
 
-What is compared: the whole answer as it was written (the candidate) with what it shall state (the reference): the value
-asked for, or the values with a blank between them. Nothing is taken out of the answer: the words around a value cost
-precision, unlike in `metrics.token_f1`, so that only answers in the same style compare. Of each measure the F1 of
-precision and recall is kept, from 0 to 1; BERTScore's may be a little below 0.
+What is compared: the whole answer as it was written (the candidate) with what it shall state, once in short and once as
+a sentence (the references): the values with a blank between them, and the sentence that the question was made with, such
+as "The capital of Peru is Lima." The nearer of the two counts, measure by measure, so that neither style of answering is
+at a loss; a question of one's own has values only. Nothing is taken out of the answer, unlike in `metrics.token_f1`. Of
+each measure the F1 of precision and recall is kept, from 0 to 1; BERTScore's may be a little below 0.
 
 ROUGE (C.-Y. Lin, Text Summarization Branches Out, 2004): shared words, shared pairs of neighbours, and the longest
 common subsequence. A reference of one word has no pair: its ROUGE-2 is 0, as the library has it. The library's own
@@ -49,18 +50,18 @@ class Rouge:
     rouge_l: float
 
 
-def reference(values: Sequence[str]) -> str:
-    """What an answer is compared with: the values, with a blank between them."""
-    return " ".join(values)
+def references(values: Sequence[str], sentence: str | None) -> tuple[str, ...]:
+    """What an answer is compared with: the values with a blank between them, and the sentence that states them."""
+    return (" ".join(values), *([] if sentence is None else [sentence]))
 
 
-def rouge(text: str, wanted: str) -> Rouge:
-    """ROUGE of an answer against a reference.
+def rouge(text: str, wanted: str | Sequence[str]) -> Rouge:
+    """ROUGE of an answer against a reference, or against the nearest of several, measure by measure.
 
     Raises:
         MissingDependencyError: rouge-score is not installed.
     """
-    found = _rouge_scorer().score(wanted, text)
+    found = _rouge_scorer().score_multi([wanted] if isinstance(wanted, str) else list(wanted), text)
     return Rouge(*(float(found[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")))
 
 

@@ -17,7 +17,7 @@ from kblam_ray.evaluation.run import evaluate
 from kblam_ray.evaluation.settings import EvaluationSettings
 from kblam_ray.evaluation.statements import ValueIndex
 from kblam_ray.evaluation.summary import result
-from kblam_ray.evaluation.wording import BertScore, rouge
+from kblam_ray.evaluation.wording import BertScore, references, rouge
 
 SENTENCES = [
     ("The capital of Peru is Lima.", "Lima"),
@@ -38,6 +38,18 @@ def test_rouge_by_hand():
     assert (turned.rouge_1, turned.rouge_2, turned.rouge_l) == pytest.approx((1, 1 / 2, 2 / 3))
     # One word of six: precision 1/6, recall 1.
     assert rouge("The capital of Peru is Lima.", "Lima").rouge_1 == pytest.approx(2 * (1 / 6) / (1 / 6 + 1))
+
+
+def test_the_nearest_reference_counts_measure_by_measure():
+    both = references(["Lima"], "The capital of Peru is Lima.")
+    assert both == ("Lima", "The capital of Peru is Lima.")
+    assert references(["Lima", "Quito"], None) == ("Lima Quito",)
+    for text in both:
+        assert rouge(text, both).rouge_1 == rouge(text, both).rouge_l == 1
+    other = "Peru: Lima is the capital"
+    assert rouge(other, both) == wording.Rouge(
+        *(max(getattr(rouge(other, one), name) for one in both) for name in ("rouge_1", "rouge_2", "rouge_l"))
+    )
 
 
 @pytest.mark.parametrize("text", ["", "?!", "Paris"])
@@ -263,7 +275,10 @@ def test_an_evaluation_measures_the_wording_of_every_system(bert):
         is_judged = row["text"] is not None and row["should_answer"]
         assert (row["bert_score"] is not None) is (row["rouge_1"] is not None) is bool(is_judged)
     judged_rows = [row for row in rows if row["rouge_1"] is not None]
-    again = BertScore.load(bert).f1(
-        [row["text"] for row in judged_rows], [" ".join(row["wanted"]) for row in judged_rows]
+    texts = [row["text"] for row in judged_rows]
+    in_short, as_sentence = (
+        BertScore.load(bert).f1(texts, wanted)
+        for wanted in ([" ".join(row["wanted"]) for row in judged_rows], [row["sentence"] for row in judged_rows])
     )
+    again = [*map(max, in_short, as_sentence)]
     assert [row["bert_score"] for row in judged_rows] == pytest.approx(again, abs=1e-5)

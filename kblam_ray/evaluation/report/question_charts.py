@@ -49,7 +49,7 @@ ANSWERS = (
     Metric("f1", "answers", "f1", "Words of the answer (F1)", "words, F1",
            "Words of the answer against those of the value, without the question's own.", "F1, %"),
     Metric("rouge-l", "answers", "rouge_l", "ROUGE-L of the answer", "ROUGE-L",
-           "The longest run of words, gaps allowed, that answer and value share.", "ROUGE-L, %"),
+           "The longest run of words, gaps allowed, that the answer shares with what it shall say.", "ROUGE-L, %"),
     Metric("bert-score", "answers", "bert_score", "BERTScore of the answer", "BERTScore",
            "How near the answer's words are to the value's in meaning, by a language model.", "BERTScore, %"),
 )  # fmt: skip
