@@ -91,6 +91,10 @@ def test_settings_go_from_the_general_to_the_particular():
     assert (quick.synthetic, quick.num_questions, quick.seed, quick.max_new_tokens) == (50, 6, 2, 7)
     full = suite.settings_of("first", "full", output="o", seed=3)
     assert (full.num_questions, full.seed, full.max_new_tokens) == (5, 3, 8)
+    fewer = suite.model_copy(deep=True)
+    fewer.experiments["first"].adapters = ["one", "two"]
+    fewer.experiments["first"].quick_adapters = ["two"]
+    assert [fewer.adapters_of("first", scale) for scale in ("quick", "full")] == [["two"], ["one", "two"]]
     fit = suite.fit_of("two", "quick")
     assert (fit["kind"], fit["mix"]) == ("paper", {"batch_size": 4, "held_out": 0.2})
 
@@ -102,7 +106,7 @@ def test_settings_go_from_the_general_to_the_particular():
         ({"settings": {"num_fact": [3]}}, "num_fact"),
         ({"settings": {"synthetic": 50, "unanswerable": 9}}, "unanswerable"),
         ({"settings": {"synthetic": 50, "output": "mine"}}, "output"),
-        ({"adapters": {"two": {"path": "x"}}}, "adapters has no one"),
+        ({"adapters": {"two": {"path": "x"}}}, "there is no one"),
         ({"adapters": {"one": {"path": "x", "shipped": "y"}}}, "one of the three"),
         ({"experiments": {}}, "experiments"),
         ({"extends": "nobody"}, "no suite nobody"),

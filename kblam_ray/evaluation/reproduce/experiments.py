@@ -57,6 +57,7 @@ class Experiment(JobConfig):
     title: str = Field(min_length=1, description="for the report")
     about: str = Field(min_length=1, description="what is asked, for the report")
     adapters: list[str] = Field(min_length=1, description="names of adapters of the suite")
+    quick_adapters: list[str] = Field([], description="in place of these at the quick scale")
     facts: list[str] = Field([], description="names of facts of the suite, each a knowledge base of its own")
     real: bool = Field(False, description="ask the knowledge bases given by --input as well")
     settings: dict[str, Any] = Field({}, description="part of EvaluateSettings")
@@ -85,10 +86,12 @@ class Suite(JobConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, experiment in self.experiments.items():
-            for kind, known in (("adapters", self.adapters), ("facts", self.facts)):
+            for kind, known in (("adapters", self.adapters), ("quick_adapters", self.adapters), ("facts", self.facts)):
                 for one in getattr(experiment, kind):
                     if one not in known:
-                        raise ValueError(f"experiment {name}: {kind} has no {one}, it has {', '.join(known) or 'none'}")
+                        raise ValueError(
+                            f"experiment {name}, {kind}: there is no {one}, but {', '.join(known) or 'none'}"
+                        )
         return self
 
     def settings_of(self, name: str, scale: ScaleName, **given: Any) -> EvaluateSettings:
@@ -121,6 +124,11 @@ class Suite(JobConfig):
                 where=where,
                 help="the settings are those of jobs/evaluate.py, see its --help",
             ) from None
+
+    def adapters_of(self, name: str, scale: ScaleName) -> list[str]:
+        """Names of the adapters that an experiment asks at a scale."""
+        experiment = self.experiments[name]
+        return (experiment.quick_adapters if scale == "quick" else []) or experiment.adapters
 
     def fit_of(self, name: str, scale: ScaleName) -> dict[str, Any]:
         """The settings of the training of an adapter that is fitted, without base model and output."""

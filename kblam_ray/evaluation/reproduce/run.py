@@ -157,7 +157,7 @@ def _require_report() -> None:
 def _check(one: _Run, settings: ReproduceSettings, check_fit: Callable[[Mapping[str, Any]], None] | None) -> None:
     """Everything that can be known to be wrong before anything is run."""
     given = given_adapters(one.suite, settings.adapter)
-    needed = {name for experiment in one.experiments for name in one.suite.experiments[experiment].adapters}
+    needed = {name for experiment in one.experiments for name in one.suite.adapters_of(experiment, one.scale)}
     for name in sorted(needed - given.keys()):
         if check_fit is not None and one.suite.adapters[name].fit is not None:
             recipe = one.suite.fit_of(name, one.scale)
@@ -208,7 +208,7 @@ def _run_suite(
         say("begins")
         experiment = one.suite.experiments[name]
         folder = one.folder / name
-        candidates = preparation.adapters(experiment.adapters)
+        candidates = preparation.adapters(one.suite.adapters_of(name, one.scale))
         files = preparation.files(experiment.facts) | (dict(given) if experiment.real else {})
         told: dict[str, Any] = {"input": [f"{title}={path}" for title, path in files.items()]} if files else {}
         if settings.num_questions is not None:
