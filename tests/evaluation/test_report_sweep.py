@@ -1,0 +1,42 @@
+"""The report of a real sweep over a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+from sweep_samples import make_parts, swept
+
+from kblam_ray.evaluation.report import Section, make_report, sweep_markdown
+from kblam_ray.evaluation.report.charts import charts_of
+
+
+def test_a_sweep_that_measured_everything(tmp_path):
+    parts = make_parts(tmp_path)
+    found = swept(
+        parts,
+        tmp_path / "output",
+        num_facts=[4, 6],
+        unanswerable=1,
+        baseline=["cosine", "bm25"],
+        interference=[0, 6],
+        cost=[4, 6],
+    )
+    # As it is read from a file.
+    summary = json.loads(json.dumps(found.summary))
+    names = {chart.name for chart in charts_of(summary)}
+    assert {"retrieval-over-facts", "answers-over-facts", "refusal-over-facts"} <= names
+    assert {"refusal-curves", "thresholds", "interference", "interference-of-answers", "time", "memory"} <= names
+    report = make_report("A sweep", [Section("tiny", "A tiny model", "", summary, found.rows)])
+    assert set(report.plots) == {f"{name}.png" for name in names}
+    (table,) = [
+        line for line in sweep_markdown(summary).splitlines() if line.startswith("| 6 | attention with prior |")
+    ][:1]
+    figure = next(
+        one["retrieval"]["all"]["@1"]["value"]
+        for unit in summary["units"]
+        if unit["part"] == "questions" and unit["size"]["num_facts"] == 6
+        for one in unit["size"]["results"]
+        if (one["system"], one["prior"], one["grounding"]) == ("attention", True, None)
+    )
+    assert f"| {100 * figure:.1f} (" in table
+    assert found.rows["question"][0].as_py().split()[0] in report.html
