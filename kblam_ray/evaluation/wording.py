@@ -1,10 +1,11 @@
 """How near the wording of an answer is to what it shall state: ROUGE and BERTScore, by their libraries.
 
-What is compared: the whole answer as it was written (the candidate) with what it shall state, once in short and once as
-a sentence (the references): the values with a blank between them, and the sentence that the question was made with, such
-as "The capital of Peru is Lima." The nearer of the two counts, measure by measure, so that neither style of answering is
-at a loss; a question of one's own has values only. Nothing is taken out of the answer, unlike in `metrics.token_f1`. Of
-each measure the F1 of precision and recall is kept, from 0 to 1; BERTScore's may be a little below 0.
+What is compared: the whole answer as it was written (the candidate) with what it shall state, in short and as a
+sentence (the references): the values with a blank between them, and the sentence that the question was made with, such
+as "The capital of Peru is Lima." The nearer of the two counts, measure by measure, so that neither style of answering
+is at a loss; a question of one's own has values only. Nothing is taken out of the answer, unlike in
+`metrics.token_f1`. Of each measure the F1 of precision and recall is kept, from 0 to 1; BERTScore's may be a little
+below 0.
 
 ROUGE (C.-Y. Lin, Text Summarization Branches Out, 2004): shared words, shared pairs of neighbours, and the longest
 common subsequence. A reference of one word has no pair: its ROUGE-2 is 0, as the library has it. The library's own
