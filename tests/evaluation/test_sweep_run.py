@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from kblam_ray.evaluation.run import evaluate
 from kblam_ray.evaluation.settings import EvaluationSettings
 from kblam_ray.evaluation.sweep import run, workers
 from kblam_ray.evaluation.sweep import unit as units
+from kblam_ray.evaluation.sweep.fingerprints import Candidate
 from kblam_ray.evaluation.sweep.run import ROWS_SCHEMA, sweep
 from kblam_ray.facts.fact import Fact
 from kblam_ray.facts.writing import write_facts
@@ -102,7 +104,7 @@ def test_again_it_does_nothing_and_finds_the_same(parts, found, tmp_path, monkey
     told = []
     again = swept(parts, tmp_path, num_facts=[4], prior=True, max_new_tokens=1, progress=told.append)
     assert (again.num_units, again.num_resumed) == (1, 1)
-    assert (again.summary, again.rows) == (first.summary, first.rows)
+    assert (again.summary["units"], again.rows) == (first.summary["units"], first.rows)
     assert told == ["1 of 1 units were done by an earlier run"]
 
 
@@ -121,6 +123,34 @@ def test_more_of_a_sweep_does_what_is_missing(parts, tmp_path, monkeypatch):
     assert (fewer.num_units, fewer.num_resumed) == (1, 1)
     assert set(fewer.rows["num_facts"].to_pylist()) == {4}
     assert len(list((tmp_path / "units").iterdir())) == 2
+
+
+def test_units_of_other_code_are_named(parts, tmp_path, monkeypatch):
+    given = {"num_facts": [4], "kinds": ["simple"], "retrieval_only": True, "baseline": []}
+    assert not any("measured before" in note for note in swept(parts, tmp_path, **given).summary["notes"])
+    known = run.environment()
+    monkeypatch.setattr(run, "environment", lambda: {**known, "commit": "abc"})
+    (note,) = [
+        one for one in swept(parts, tmp_path, **{**given, "num_facts": [4, 6]}).summary["notes"] if "before" in one
+    ]
+    assert note == f"1 of 2 units were measured before, by version {known['version']}, commit {known['commit']}"
+
+
+def test_an_adapter_in_the_place_of_another_is_another(parts, tmp_path):
+    """A process that does both keeps them apart."""
+    adapter = shutil.copytree(parts["adapter"], tmp_path / "adapter")
+    candidates = []
+    loaded = units.Loaded()
+    for beta in (20.0, 1.0):
+        changed = KnowledgeAdapter.from_pretrained(parts["adapter"])
+        changed.configure(question_prior=beta)
+        changed.save_pretrained(str(adapter))
+        candidates.append(Candidate.read("tiny", str(adapter)))
+        contents = ("base", candidates[-1].digest, "table")
+        unit = units.Unit("", "cost", "", "", parts["base_model"], str(adapter), "", 0, {}, contents=contents)
+        assert loaded.model(unit).adapter.config.question_prior == beta
+        assert loaded.model(unit) is loaded.model(unit)
+    assert candidates[0].digest != candidates[1].digest
 
 
 def test_a_sweep_that_was_interrupted_is_finished(parts, found, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from kblam_ray.storage import filesystem
 ROWS = pa.Table.from_pylist(
     [{"num_facts": 4, "number": n, "kind": "simple", "wanted": ["北京"]} for n in range(3)], SCHEMA
 )
-ASKED = Found({"notes": ["é"], "size": {"num_facts": 4}}, ROWS)
+ASKED = Found({"notes": ["é"], "size": {"num_facts": 4}}, ROWS, {"version": "1", "commit": None})
 TIMED = Found({"cost": {"points": [1.5, None]}})
 
 
@@ -34,7 +34,7 @@ def test_what_is_put_comes_back(where, tmp_path, request):
     store.put(unit(), ASKED)
     store.put(unit("b2", "cost"), TIMED)
     found = store.get(unit())
-    assert (found.summary, found.rows) == (ASKED.summary, ROWS)
+    assert (found.summary, found.rows, found.made_by) == (ASKED.summary, ROWS, ASKED.made_by)
     assert store.get(unit("b2", "cost")) == TIMED
     assert store.get(unit("c3")) is None
     files, path = filesystem(store.uri)

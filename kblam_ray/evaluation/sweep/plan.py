@@ -104,6 +104,7 @@ class Plan:
             own=tuple(self.own) if self.own is not None and part == "questions" else None,
             device=self.settings.device,
             dtype=self.settings.dtype,
+            contents=(self.base.digest, candidate.digest, table.table_id or ""),
         )
         decisive = {
             "format": FORMAT,

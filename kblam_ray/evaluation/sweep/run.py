@@ -9,8 +9,9 @@ Running the same settings again does what is missing: a unit is kept under the o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -116,16 +117,18 @@ def sweep(
         start_ray()
     opened = _opened(settings, sources, given, candidates, tables or join(output, TABLES), progress)
     units = Plan(settings, base, candidates, opened, own, output).units()
-    done, num_resumed = _done(units, UnitStore(output), settings, progress)
+    made_on = environment()
+    made_by = {name: made_on[name] for name in ("version", "commit")}
+    done, num_resumed = _done(units, UnitStore(output), settings, made_by, progress)
     found = [_with_baselines(done[unit.key], done.get(unit.baselines_of or "")) for unit in units]
     summary = {
         "settings": settings.model_dump(mode="json"),
-        "environment": {**environment(), **(note or {})},
+        "environment": {**made_on, **(note or {})},
         "base_model": base_model,
         "candidates": {candidate.name: candidate.to_json() for candidate in candidates},
         "sources": {source.name: _described(source, opened) for source in sources},
         "units": [{**unit.labels, **one.summary} for unit, one in zip(units, found, strict=True)],
-        "notes": _notes(units, found),
+        "notes": [*_notes(units, found), *_older(units, found, made_by)],
     }
     parts = [_labelled(unit, one.rows) for unit, one in zip(units, found, strict=True) if one.rows is not None]
     rows = pa.concat_tables(parts) if parts else ROWS_SCHEMA.empty_table()
@@ -163,7 +166,11 @@ def _opened(
 
 
 def _done(
-    units: Sequence[Unit], store: UnitStore, settings: EvaluateSettings, progress: Progress | None
+    units: Sequence[Unit],
+    store: UnitStore,
+    settings: EvaluateSettings,
+    made_by: dict[str, Any],
+    progress: Progress | None,
 ) -> tuple[dict[str, Found], int]:
     """What every unit found, by key, and how many were done before."""
     found = {unit.key: stored for unit in units if (stored := store.get(unit)) is not None}
@@ -174,8 +181,8 @@ def _done(
     missing = {unit.key: unit for unit in units if unit.key not in found}
 
     def keep(unit: Unit, result: Found) -> None:
-        store.put(unit, result)
-        found[unit.key] = result
+        found[unit.key] = replace(result, made_by=made_by)
+        store.put(unit, found[unit.key])
 
     if settings.num_workers and missing:
         do_on_ray(
@@ -207,9 +214,10 @@ def _with_baselines(own: Found, shared: Found | None) -> Found:
     results = [result for result in other["results"] if result["system"] != ATTENTION]
     left_out = {**size["left_out"], **other["left_out"]}
     rows = shared.rows.filter(pc.not_equal(shared.rows["system"], ATTENTION))
-    return Found(
-        {**own.summary, "size": {**size, "left_out": left_out, "results": [*size["results"], *results]}},
-        pa.concat_tables([own.rows, rows]),
+    return replace(
+        own,
+        summary={**own.summary, "size": {**size, "left_out": left_out, "results": [*size["results"], *results]}},
+        rows=pa.concat_tables([own.rows, rows]),
     )
 
 
@@ -222,6 +230,16 @@ def _notes(units: Sequence[Unit], found: Sequence[Found]) -> list[str]:
         for note in one.summary.get("notes", [])
     ]
     return list(dict.fromkeys(notes))
+
+
+def _older(units: Sequence[Unit], found: Sequence[Found], made_by: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of units that other code than this did."""
+    others = Counter(
+        f"{one.made_by['version']}, commit {one.made_by['commit']}" for one in found if one.made_by != made_by
+    )
+    return [
+        f"{count} of {len(units)} units were measured before, by version {named}" for named, count in others.items()
+    ]
 
 
 def _labelled(unit: Unit, rows: pa.Table) -> pa.Table:

@@ -47,13 +47,13 @@ class UnitStore:
             stored = json.loads(data)
             if stored["key"] != unit.key:
                 return None
-            summary, num_rows = stored["summary"], stored["num_rows"]
+            summary, num_rows, made_by = stored["summary"], stored["num_rows"], stored["made_by"]
         except (ValueError, KeyError, TypeError):
             return None
         if num_rows is None:
-            return Found(summary)
+            return Found(summary, made_by=made_by)
         rows = self._rows(unit)
-        return Found(summary, rows) if rows is not None and len(rows) == num_rows else None
+        return Found(summary, rows, made_by) if rows is not None and len(rows) == num_rows else None
 
     def put(self, unit: Unit, found: Found) -> None:
         """Keep what was found; durable on return.
@@ -68,6 +68,7 @@ class UnitStore:
         stored: dict[str, Any] = {
             "key": unit.key,
             "unit": {**unit.labels, "told": unit.told},
+            "made_by": found.made_by,
             "num_rows": None if found.rows is None else len(found.rows),
             "summary": found.summary,
         }

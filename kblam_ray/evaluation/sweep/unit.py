@@ -43,6 +43,7 @@ class Unit:
         told: settings of the part: of `questions`, fields of `EvaluationSettings`.
         own: questions of one's own.
         device, dtype: of the base model, see `load_base_model`.
+        contents: what base model, adapter and table are by their content: another one at the same place is another one.
         baselines_of: key of the unit whose baselines are this one's too, and are not asked again: they do not depend on
             what the two differ in.
     """
@@ -60,6 +61,7 @@ class Unit:
     own: tuple[OwnQuestion, ...] | None = None
     device: str | None = None
     dtype: str | None = None
+    contents: tuple[str, str, str] = ("", "", "")
     baselines_of: str | None = None
 
     @property
@@ -91,10 +93,12 @@ class Found:
     Attributes:
         summary: its part of the sweep's `summary.json` beside the unit's labels.
         rows: a row per question and way of answering, with the columns of `outcomes.SCHEMA`; of `questions` alone.
+        made_by: `version` and `commit` of the code that did it.
     """
 
     summary: dict[str, Any]
     rows: pa.Table | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,8 +106,8 @@ class Loaded:
     """What a process keeps from one unit to the next: a base model with one adapter on it, and a few tables' facts."""
 
     _base: tuple[tuple, PreTrainedModel, PreTrainedTokenizerBase] | None = None
-    _model: tuple[str, KnowledgeModel] | None = None
-    _facts: dict[tuple[str, int | None], EmbeddedFacts] = field(default_factory=dict)
+    _model: tuple[tuple, KnowledgeModel] | None = None
+    _facts: dict[tuple, EmbeddedFacts] = field(default_factory=dict)
 
     def model(self, unit: Unit) -> KnowledgeModel:
         """The unit's base model with its adapter.
@@ -111,17 +115,18 @@ class Loaded:
         Raises:
             InputError, AdapterError, AdapterMismatchError: see `KnowledgeModel.from_pretrained`.
         """
-        named = unit.base_model, unit.device, unit.dtype
+        base_content, adapter_content, _ = unit.contents
+        named = unit.base_model, base_content, unit.device, unit.dtype
         if self._base is None or self._base[0] != named:
             self._base = self._model = None
             self._base = named, *load_base_model(unit.base_model, usable_device(unit.device), unit.dtype)
         _, base, tokenizer = self._base
-        if self._model is None or self._model[0] != unit.adapter:
+        if self._model is None or self._model[0] != (unit.adapter, adapter_content):
             if self._model is not None:
                 self._model[1].detach()
             self._model = None
             adapter = KnowledgeAdapter.from_pretrained(unit.adapter, device=base.device)
-            self._model = unit.adapter, KnowledgeModel(base, adapter, tokenizer)
+            self._model = (unit.adapter, adapter_content), KnowledgeModel(base, adapter, tokenizer)
         return self._model[1]
 
     def facts(self, unit: Unit) -> EmbeddedFacts:
@@ -130,12 +135,12 @@ class Loaded:
         Raises:
             TableNotFoundError, TableError, StorageError: the table cannot be read.
         """
-        named = unit.table_uri, unit.table_version
+        named = unit.table_uri, unit.table_version, unit.contents[2]
         facts = self._facts.pop(named, None)
         if facts is None:
             while len(self._facts) >= FACTS_KEPT:
                 del self._facts[next(iter(self._facts))]
-            facts = EmbeddedFacts.of(KnowledgeBase.open(*named))
+            facts = EmbeddedFacts.of(KnowledgeBase.open(unit.table_uri, unit.table_version))
         self._facts[named] = facts
         return facts
 
