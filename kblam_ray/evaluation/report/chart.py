@@ -145,6 +145,7 @@ class Chart:
         about: how it is read: what the axes are, what is better.
         panels: at least one.
         is_detail: whether it repeats a chart before it in more detail.
+        is_split: whether it splits one before it; among many sections it counts as detail.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Chart:
     about: str
     panels: tuple[Panel, ...]
     is_detail: bool = False
+    is_split: bool = False
 
     @property
     def legend(self) -> tuple[Series, ...]:

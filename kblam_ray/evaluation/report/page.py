@@ -99,11 +99,14 @@ def _style() -> str:
 
 def _section(one: Prepared, prepared: Sequence[Prepared], Markup: Any) -> dict[str, Any]:
     section = one.section
-    charts = [(chart, _chart(one, chart, Markup)) for chart in one.charts]
+    is_alone = len(prepared) == 1
+    charts = [
+        (chart.is_detail or (chart.is_split and not is_alone), _chart(one, chart, Markup)) for chart in one.charts
+    ]
     num_questions = max(QUESTIONS_PER_SECTION, QUESTIONS // len(prepared))
     browser = browser_of(section.rows, num_questions)
     groups = sweep_groups(section.summary)
-    shown = [drawn for chart, drawn in charts if not chart.is_detail]
+    shown = [drawn for is_detail, drawn in charts if not is_detail]
     links = [{"id": drawn["id"], "title": drawn["title"]} for drawn in shown]
     if section.published is not None:
         links.append({"id": f"{one.slug}-published", "title": "Beside published figures"})
@@ -115,10 +118,10 @@ def _section(one: Prepared, prepared: Sequence[Prepared], Markup: Any) -> dict[s
         "id": one.slug,
         "title": section.title,
         "about": _paragraphs(section.about),
-        "tiles": tiles_of(section.summary) if len(prepared) > 1 else [],
+        "tiles": [] if is_alone else tiles_of(section.summary),
         "has_results": bool(section.summary.get("units")),
         "charts": shown,
-        "details": [drawn for chart, drawn in charts if chart.is_detail],
+        "details": [drawn for is_detail, drawn in charts if is_detail],
         "links": links,
         "published": section.published,
         "groups": groups,

@@ -55,7 +55,7 @@ ANSWERS = (
 )  # fmt: skip
 REFUSAL = (
     Metric("refusal", "refusal", "f1", "Refusing what no fact answers", "F1",
-           "F1 of refusals: all that should be refused, and nothing else, is 100.", "F1, %"),
+           "All that should be refused, and nothing else, is 100.", "F1, %"),
     Metric("refusal-precision", "refusal", "precision", "Refusals that were right", "precision",
            "Of what was refused, the share that no fact answers.", "precision, %"),
     Metric("refusal-recall", "refusal", "recall", "Unanswerable questions refused", "recall",
@@ -109,7 +109,7 @@ def _family_over_facts(
     shown = [(panel, metric) for panel, metric in zip(panels, metrics, strict=True) if panel.series]
     if not shown:
         return None
-    about = " ".join(f"{metric.short.capitalize()}: {_lower(metric.about)}" for _, metric in shown)
+    about = " ".join(f"{metric.short[:1].upper()}{metric.short[1:]}: {_lower(metric.about)}" for _, metric in shown)
     return Chart(f"{name}-over-facts", title, f"{about} Bands: 95 % intervals.", tuple(panel for panel, _ in shown))
 
 
@@ -132,7 +132,7 @@ def _by_kind(sweep: Sweep, context: Context, metric: Metric, *, is_detail: bool)
     number_of = list(sweep.contexts).index(context) + 1
     name = f"{metric.name}-by-kind" + (f"-{number_of}" if label else "")
     title = f"{metric.title}, by kind of question" + (f": {label}" if label else "")
-    return Chart(name, title, f"{metric.about} Bands: 95 % intervals.", shown, is_detail)
+    return Chart(name, title, f"{metric.about} Bands: 95 % intervals.", shown, is_detail, is_split=True)
 
 
 def _over_scale(sweep: Sweep, metric: Metric) -> Chart | None:
