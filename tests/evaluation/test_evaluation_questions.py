@@ -71,20 +71,21 @@ def test_the_first_unanswerable_questions_have_all_reasons():
     assert set(reasons[:3]) == {"same_entity", "same_property", "unknown_entity"}
 
 
-def test_only_held_out_entities_are_asked_about():
-    drawn = draw(200, held_out=0.3, held_out_seed=7)
-    out = {entity for entity in entities(POOL) if is_held_out(entity, 0.3, 7)}
-    # All held-out facts are in the knowledge base, others fill it up.
-    assert out <= set(entities(drawn.facts))
-    assert set(entities(drawn.facts)) - out
+@pytest.mark.parametrize(("wanted", "held_out"), [("held_out", 0.3), ("trained", 0.7)])
+def test_only_held_out_entities_are_asked_about_or_only_the_others(wanted, held_out):
+    drawn = draw(200, held_out=held_out, held_out_seed=7, entities=wanted)
+    asked = {entity for entity in entities(POOL) if is_held_out(entity, held_out, 7) is (wanted == "held_out")}
+    # All facts of theirs are in the knowledge base, others fill it up.
+    assert asked <= set(entities(drawn.facts))
+    assert set(entities(drawn.facts)) - asked
     pairs = {(fact.entity, fact.property) for fact in drawn.facts.facts}
     for question in drawn.questions:
         for row in question.wanted:
-            assert drawn.facts.facts[row].entity in out
+            assert drawn.facts.facts[row].entity in asked
             assert question.values[question.wanted.index(row)] == drawn.facts.facts[row].value
         if question.should_answer is False:
             assert question.names[:2] not in pairs
-            assert question.names[0] in out or question.names[0] not in entities(drawn.facts)
+            assert question.names[0] in asked or question.names[0] not in entities(drawn.facts)
     assert Counter(question.kind for question in drawn.questions)["two_entity"] == 20
 
 
@@ -100,7 +101,9 @@ def test_what_the_facts_do_not_allow_is_left_out_and_said():
     ("num_facts", "settings", "error"),
     [
         (321, {}, "321 facts of 320"),
-        (None, {"held_out": 1e-9}, "held out"),
+        (None, {"held_out": 1e-9}, "none of the entities is held out.*larger"),
+        (None, {"held_out": 1.0, "entities": "trained"}, "all of the entities are held out.*smaller"),
+        (None, {"entities": "trained"}, "no share that was held out"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(num_facts, settings, error):

@@ -304,6 +304,8 @@ def test_what_is_wrong_is_found_before_the_model_is_loaded(parts, tmp_path, monk
         swept(parts, tmp_path / "out", kb=[str(tmp_path / "none")])
     with pytest.raises(AdapterError, match="no such folder"):
         swept(parts, tmp_path / "out", adapters={"none": "/no/such"})
+    with pytest.raises(InputError, match="and no workers"):
+        swept(parts, tmp_path / "out", gpus_per_worker=1)
     with pytest.raises(InputError, match="no base model"):
         swept({**parts, "base_model": "/no/such"}, tmp_path / "out")
     assert not (tmp_path / "out").exists()

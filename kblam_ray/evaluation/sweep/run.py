@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kblam_ray.errors import InputError
 from kblam_ray.evaluation.outcomes import SCHEMA
 from kblam_ray.evaluation.own_questions import OwnQuestion
 from kblam_ray.evaluation.settings import EvaluateSettings
@@ -96,6 +97,12 @@ def sweep(
         EncoderMismatchError: a table was made by another encoder than an adapter's.
         KblamError: what a unit raises; the units before it are kept.
     """
+    if settings.gpus_per_worker and not settings.num_workers:
+        raise InputError(
+            f"{settings.gpus_per_worker:g} GPUs for each worker, and no workers",
+            where="--gpus-per-worker",
+            help="give --num-workers too; in one process --device says where the model is",
+        )
     output = normalize(settings.output or "")
     sources = sources_of(settings)
     given = {source.name: KnowledgeBase.open(source.place, settings.kb_version) for source in _tables_of(sources)}
