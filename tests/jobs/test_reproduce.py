@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from running import ROOT, run_job
 from jobs import reproduce
 from kblam_ray.errors import InputError, MissingDependencyError
 from kblam_ray.evaluation.reproduce.experiments import read_suite, suite_names
+from kblam_ray.evaluation.reproduce.prepare import FITTED
 from kblam_ray.evaluation.reproduce.settings import ReproduceSettings
 from kblam_ray.facts.split import is_held_out
 
@@ -119,3 +121,8 @@ def test_an_adapter_is_fitted_and_asked(tmp_path):
     again = reproduce.reproduce(settings)
     assert again["fitted"] == {}
     assert again["experiments"]["own"]["fitted"]["num_resumed"] == 1
+    # Killed between the adapter and the mark that it is whole: finished, to the same adapter.
+    (Path(folder) / FITTED).unlink()
+    finished = reproduce.reproduce(settings)
+    assert finished["fitted"]["own"].keys() == {"quick"}
+    assert finished["experiments"]["own"]["fitted"]["num_resumed"] == 1
