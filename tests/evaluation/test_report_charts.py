@@ -148,9 +148,11 @@ def test_each_system_has_one_colour_and_it_is_nobody_elses():
 
 
 def test_refusal_charts_mark_the_stored_threshold():
-    found = charts(questions_unit(10))
+    unit = questions_unit(10)
+    unit["size"]["results"][6]["calibration"] = calibrated(None, is_probability=False)
+    found = charts(unit)
     receiver, reliability = found["refusal-curves"].panels
-    assert [one.name for one in receiver.series] == ["attention + prior", "attention"]
+    assert [one.name for one in receiver.series] == ["attention + prior", "attention", "cosine"]
     assert [(point.x, point.value) for point in receiver.series[0].points][1] == (6.25, 25)
     assert [(point.x, point.value) for point in reliability.series[0].points] == [(5, 10), (95, 90)]
     thresholds = found["thresholds"].panels
@@ -213,3 +215,12 @@ def test_the_numbers_at_the_top_are_of_the_largest_knowledge_base_and_not_the_be
     assert (time.value, time.about) == ("× 11.00", "attention; 1,000 facts")
     assert time.beside == "all in the prompt: × 1.10 at 10 facts, then the prompt is full"
     assert tiles_of(summary()) == []
+
+
+def test_the_other_knowledge_bases_stand_beside_the_largest_one():
+    units = [questions_unit(size, source=source, value=value, selection=selection)
+             for source, size, value in (("world", 10, 0.9), ("nouns", 100, 0.7), ("cities", 50, 0.6))
+             for selection in ("all", "similar:8")]  # fmt: skip
+    first = tiles_of(summary(*units))[0]
+    assert (first.value, first.about) == ("70.0 %", "attention + prior; nouns, 100 facts")
+    assert first.also == "world: 90.0 %, cities: 60.0 %"

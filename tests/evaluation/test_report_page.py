@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from report_samples import EVIL, cost_unit, interference_unit, questions_unit, rows, section, summary
 
-from kblam_ray.errors import InputError
+from kblam_ray.errors import InputError, MissingDependencyError, StorageError
 from kblam_ray.evaluation.report import Published, Report, make_report, sweep_markdown, write_report
 from kblam_ray.evaluation.report.browser import browser_of
 
@@ -245,8 +246,6 @@ def test_written_to_a_folder_and_to_a_store(report: Report, tmp_path, s3_uri):
 
 
 def test_a_report_that_cannot_be_written_says_so(report: Report, tmp_path):
-    from kblam_ray.errors import StorageError
-
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         write_report(str(tmp_path / "file"), report)
@@ -331,3 +330,10 @@ def test_paper_is_light_and_unfolded(opened):
     assert page.locator("details:not([open])").count() == 0
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 0
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_package_that_is_missing_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"{package}.*kblam-ray\[evaluate\]"):
+        make_report("Report", [section(summary=summary(questions_unit(10, ways=[("cosine", None, None)])))])

@@ -111,10 +111,10 @@ def cost_charts(sweep: Sweep) -> list[Chart]:
             about = f"Time until the first token of an answer, and for each one after it.{beside}"
             charts.append(Chart(f"time{ending}", f"How long an answer takes{titled}", about, times, place > 1))
         memory = tuple(
-            LinePanel(title, "facts", unit, series, log_x=True, log_y=True, marks=marks)
-            for title, unit, series in (
-                ("facts and the prompt's cache together", "megabytes", _memory(points)),
-                ("until the facts are ready", "seconds", _ways(points, "load_s", 1.0)),
+            LinePanel(axis, "facts", axis, series, log_x=True, log_y=True, marks=marks)
+            for axis, series in (
+                ("facts and the prompt's cache, megabytes", _memory(points)),
+                ("until the facts are ready, seconds", _ways(points, "load_s", 1.0)),
             )
             if series
         )

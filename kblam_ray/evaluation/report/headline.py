@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kblam_ray.evaluation.report.naming import digits, number, short_name
 from kblam_ray.evaluation.report.question_charts import ANSWERS, REFUSAL, RETRIEVAL, Metric
-from kblam_ray.evaluation.report.sweeps import Sweep, figure_of, results_of
+from kblam_ray.evaluation.report.sweeps import Context, Sweep, figure_of, results_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Tile:
         value: with its unit.
         about: of what, and at which size.
         beside: what it is to be compared with; may be empty.
+        also: the same of the other knowledge bases; may be empty.
         share: of a whole, 0 to 1, where it is one; low and high, the ends of its interval, likewise.
     """
 
@@ -30,6 +31,7 @@ class Tile:
     share: float | None = None
     low: float | None = None
     high: float | None = None
+    also: str = ""
 
 
 def tiles_of(summary: Mapping[str, Any]) -> list[Tile]:
@@ -71,7 +73,22 @@ def _asked(sweep: Sweep, metric: Metric) -> Tile | None:
         figure["value"],
         figure.get("low"),
         figure.get("high"),
+        _others(sweep, metric, context, chosen),
     )
+
+
+def _others(sweep: Sweep, metric: Metric, context: Context, chosen: Mapping[str, Any]) -> str:
+    """The same way of answering on the other knowledge bases, at the largest size of each."""
+    found = []
+    for other, sizes in sweep.contexts.items():
+        if other.source == context.source or replace(other, source=context.source) != context:
+            continue
+        for one in sizes[-1]["results"]:
+            is_same = all(one[name] == chosen[name] for name in ("system", "prior", "grounding"))
+            figure = figure_of(one, metric.part, metric.figure)
+            if is_same and figure is not None:
+                found.append(f"{other.source}: {100 * figure['value']:.1f} %")
+    return ", ".join(found)
 
 
 def _interference(sweep: Sweep) -> Tile | None:

@@ -50,8 +50,11 @@ def _charts_of(
             about += " the diagonal are honest, below it too sure."
         title = f"Does it know what it knows? {where}"
         charts.append(Chart(f"refusal-curves{ending}", title, about.strip(), tuple(panels), is_detail))
+    # Of what has a threshold: a search only ranks.
     thresholds = tuple(
-        panel for name, result in scored.items() if (panel := _thresholds(name, result["calibration"])) is not None
+        panel
+        for name, result in scored.items()
+        if result["system"] == "attention" and (panel := _thresholds(name, result["calibration"])) is not None
     )
     if thresholds:
         about = "What another threshold would give on these questions; upright line: the one stored with the adapter."
