@@ -84,6 +84,7 @@ class Increment:
     """What a caller adds to a run that is one step of a longer work, such as keeping a table in step with its sources.
 
     Attributes:
+        log: the version to plan against, opened; None: there was no table.
         write_prefix: the beginning of the write's id, which every row carries.
         metadata: what the log shall say of the commit, by the version that it was planned against (None: no table) and
             the `updated_at` of its rows.
@@ -91,6 +92,7 @@ class Increment:
         may_write: which of the planned facts, row numbers of the scan's index, may be written over that version.
     """
 
+    log: TableLog | None
     write_prefix: str
     metadata: Callable[[int | None, int], Mapping[str, Any]]
     scanned: Callable[[Scan], None]
@@ -116,7 +118,7 @@ def embed(
     """
     kb_uri = storage.normalize(settings.kb)
     files = expand_inputs(settings.input) if files is None else files
-    log = TableLog.open_if_exists(kb_uri)
+    log = increment.log if increment else TableLog.open_if_exists(kb_uri)
     encoder_settings, info = _agree_on_encoder(settings, log)
     start_ray()
     _refuse_missing_gpus(settings.gpus_per_worker)

@@ -12,10 +12,10 @@ from kblam_ray.table.log import TableLog
 from kblam_ray.table.pipeline.run import EmbedSettings, Increment, embed
 from kblam_ray.table.pipeline.scan import FILE_SHIFT, Scan
 from kblam_ray.table.refresh.history import History
-from kblam_ray.table.refresh.ledger import NO_TABLE, WRITE_PREFIX, Taken, Verdict
+from kblam_ray.table.refresh.ledger import NO_TABLE, WRITE_PREFIX, Verdict
 from kblam_ray.table.refresh.settings import RefreshSettings
 from kblam_ray.table.refresh.sources import SourceFile, Sources
-from kblam_ray.table.refresh.taking import ANY_TIME, Outcome, may_write
+from kblam_ray.table.refresh.taking import Disputed, Limit, Outcome, may_write
 
 
 class _PutAsideError(Exception):
@@ -26,14 +26,25 @@ class _PutAsideError(Exception):
         self.refused, self.moved = refused, moved
 
 
+class _OthersInDisputeError(Exception):
+    """Other files have come into dispute: those must be taken up together with these."""
+
+
 def take_up_backlog(
-    files: Sequence[SourceFile], settings: RefreshSettings, history: History, sources: Sources, *, sync: bool
+    files: Sequence[SourceFile],
+    settings: RefreshSettings,
+    history: History,
+    sources: Sources,
+    *,
+    sync: bool,
+    disputed: Disputed,
 ) -> Outcome:
     """Bring the table in step with files by one run of the pipeline; without those that cannot be read, if any.
 
     Args:
         files: in the order in which they count; with `sync` all of the sources.
         sync: whether facts that are in no file go; none go when a file cannot be read.
+        disputed: nothing is done if one that is not among `files` has come into dispute.
 
     Raises:
         FactIdCollisionError: facts of the files collide.
@@ -43,11 +54,10 @@ def take_up_backlog(
     left = list(files)
     while left:
         try:
-            summary = embed(
-                _embed_settings(settings, left, sync),
-                [file.as_input() for file in left],
-                _step(left, settings, history, sources, sync),
-            )
+            step = _step(left, settings, history, sources, sync, disputed)
+            summary = embed(_embed_settings(settings, left, sync), [file.as_input() for file in left], step)
+        except _OthersInDisputeError:
+            return outcome
         except _PutAsideError as error:
             outcome.refused.update(error.refused)
             outcome.moved.extend(error.moved)
@@ -57,11 +67,13 @@ def take_up_backlog(
             continue
         outcome.taken = left
         outcome.version = summary["version"] if summary["committed"] else None
+        if outcome.version is not None:
+            history.committed()
         outcome.added, outcome.changed = summary["added"], summary["changed"]
         outcome.deleted, outcome.texts_embedded = summary["deleted"], summary["texts_embedded"]
         if not summary["committed"] and summary["version"] is not None:
             history.look()
-            history.ledger.observe({file.uri: file.tag for file in left}, summary["version"], complete=sync)
+            history.observe({file.uri: file.tag for file in left}, summary["version"], complete=sync)
         break
     return outcome
 
@@ -72,18 +84,27 @@ def _embed_settings(settings: RefreshSettings, files: Sequence[SourceFile], sync
 
 
 def _step(
-    files: list[SourceFile], settings: RefreshSettings, history: History, sources: Sources, sync: bool
+    files: list[SourceFile],
+    settings: RefreshSettings,
+    history: History,
+    sources: Sources,
+    sync: bool,
+    disputed: Disputed,
 ) -> Increment:
-    ledger = history.ledger
-    disputed = [not sync and ledger.verdict(file.uri, file.tag) is Verdict.DISPUTED for file in files]
-    until_F = np.array(
-        [ledger.until(file.uri) if known else ANY_TIME for file, known in zip(files, disputed, strict=True)], np.int64
-    )
+    log = history.look()
+    if not sync and (others := disputed() - {file.uri for file in files}):
+        raise _OthersInDisputeError(others)
+    limits: list[Limit] = [
+        history.ledger.stamps(file.uri)
+        if not sync and history.ledger.verdict(file.uri, file.tag) is Verdict.DISPUTED
+        else None
+        for file in files
+    ]
 
     def metadata(version: int | None, updated_at: int) -> Mapping[str, Any]:
         base = NO_TABLE if version is None else version
         tags = {file.uri: file.tag for file in files}
-        return Taken(version=base, base=base, files=tags, complete=sync, updated_at=updated_at).metadata()
+        return history.saying(tags, base, complete=sync, updated_at=updated_at)
 
     def scanned(scan: Scan) -> None:
         moved = [file for file in files if (now := sources.look_at(file.uri)) is None or now.tag != file.tag]
@@ -96,10 +117,10 @@ def _step(
             raise _PutAsideError(refused, moved)
 
     def may(scan: Scan, rows: np.ndarray, version: int | None) -> np.ndarray:
-        until_W = until_F[scan.index["seq"].to_numpy()[rows] >> FILE_SHIFT]
-        if version is None or not (until_W < ANY_TIME).any():
+        if version is None or all(limit is None for limit in limits):
             return np.ones(len(rows), bool)
+        numbers = scan.index["seq"].to_numpy()[rows] >> FILE_SHIFT
         ids_W = scan.index["fact_id"].to_numpy()[rows]
-        return may_write(ids_W, until_W, TableLog.open(history.uri, version))
+        return may_write(ids_W, [limits[number] for number in numbers], TableLog.open(history.uri, version))
 
-    return Increment(WRITE_PREFIX, metadata, scanned, may)
+    return Increment(log, WRITE_PREFIX, metadata, scanned, may)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from kblam_ray import storage
@@ -10,7 +11,7 @@ from kblam_ray.errors import TableNotFoundError
 from kblam_ray.table.commits import read_commits, read_last_commits
 from kblam_ray.table.following import TableFollower
 from kblam_ray.table.log import TableLog
-from kblam_ray.table.refresh.ledger import NO_TABLE, Ledger
+from kblam_ray.table.refresh.ledger import NO_TABLE, Ledger, Taken
 
 MAX_COMMITS_READ = 10_000
 """Commits of the log that are read where there is no copy of the ledger; what older ones took up is read again."""
@@ -38,6 +39,8 @@ class History:
         self.log: TableLog | None = None
         self._kept = NO_TABLE
         self._history = -1
+        self._unsaid: dict[str, tuple[str, int]] = {}
+        self._said: dict[str, tuple[str, int]] = {}
 
     @property
     def base(self) -> int:
@@ -56,6 +59,7 @@ class History:
             if self.log is not None:
                 self._follower = TableFollower(self.uri)
                 self.ledger, self.log, self._history, self._kept = Ledger(), None, -1, NO_TABLE
+                self._unsaid = {}
             return None
         if self._follower.history != self._history:
             # The first look, or another table in the place of the one that was known.
@@ -66,6 +70,30 @@ class History:
             self._fold_up_to(log.version)
         self.log = log
         return log
+
+    def observe(self, files: Mapping[str, str], base: int, *, complete: bool = False) -> None:
+        """Note that at version `base` the table had nothing to take up from `files`; see `Ledger.observe`.
+
+        It is not in the log, so the next commit says it too: whoever does not know that a file was looked at would
+        take it up after files that were modified later.
+        """
+        self.ledger.observe(files, base, complete=complete)
+        self._unsaid.update((uri, (tag, base)) for uri, tag in files.items())
+
+    def saying(self, files: Mapping[str, str], base: int, *, complete: bool, updated_at: int) -> dict[str, Any]:
+        """What the log shall say of a commit that takes up `files`, planned against version `base`; see `Taken`."""
+        unsaid = {uri: (tag, at) for uri, (tag, at) in self._unsaid.items() if at <= base}
+        # The commit's own version is in the log, not in what it says.
+        taken = Taken(NO_TABLE, base, files, complete=complete, updated_at=updated_at, looked=unsaid)
+        self._said = unsaid
+        return taken.metadata()
+
+    def committed(self) -> None:
+        """What `saying` told last is in the log."""
+        for uri, at in self._said.items():
+            if self._unsaid.get(uri) == at:
+                del self._unsaid[uri]
+        self._said = {}
 
     def keep(self) -> None:
         """Replace the copy beside the table, unless it would be the same.

@@ -7,7 +7,8 @@ thing that they cannot disagree about: state kept beside the table could say "do
 Commit order is not the order in which rows win (that is `updated_at`, `write_id`), and a plan writes only what differed
 at its base. So a commit is sure to have put the table in step with its files only if no other refresh committed between
 its base and itself. Where one did, the files of both are in dispute: they are read again, at a base that has seen both,
-and whatever differs is put right.
+and whatever the crossing commits wrote differently is put right. What others wrote since, and what was taken up later,
+stays.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ NO_TABLE = -1
 """The base of a plan for a table that did not exist."""
 
 
+MAX_COMMITS_KNOWN = 1_000
+"""Refreshes that are told apart when one that began long ago crosses them; earlier ones' files are taken up anew."""
+
+
 class Verdict(Enum):
     """What must be done about a file: nothing; take it up; or read it again, because refreshes crossed."""
 
@@ -48,6 +53,8 @@ class Taken:
         files: uri -> tag.
         complete: whether `files` are all of the sources, so that facts of any other file went.
         updated_at: of the rows that it wrote.
+        looked: uri -> (tag, version): at that version, not later than the base, there was nothing to take up from the
+            file. It had no commit of its own to say so.
     """
 
     version: int
@@ -55,6 +62,7 @@ class Taken:
     files: Mapping[str, str]
     complete: bool = False
     updated_at: int = 0
+    looked: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """What the commit's entry in the log says."""
@@ -64,6 +72,7 @@ class Taken:
                 "complete": self.complete,
                 "updated_at": self.updated_at,
                 "files": [[uri, tag] for uri, tag in self.files.items()],
+                "looked": [[uri, tag, base] for uri, (tag, base) in self.looked.items()],
             }
         }
 
@@ -78,6 +87,7 @@ class Taken:
                 files={str(uri): str(tag) for uri, tag in said["files"]},
                 complete=bool(said["complete"]),
                 updated_at=int(said["updated_at"]),
+                looked={str(uri): (str(tag), int(base)) for uri, tag, base in said["looked"]},
             )
         except (TypeError, ValueError, KeyError):
             return None
@@ -90,15 +100,13 @@ class Record:
     Attributes:
         tags: tag -> (the newest version whose facts were compared with the file in that state, the newest version that
             says the file was in that state).
-        stamp: largest `updated_at` of the commits that took it up.
         floor: a comparison below this version does not count, because refreshes crossed.
-        until: the largest `updated_at` of the crossing commits' rows.
+        stamps: the `updated_at` of the commits that crossed and were not settled yet.
     """
 
     tags: dict[str, tuple[int, int]] = field(default_factory=dict)
-    stamp: int = 0
     floor: int = NO_TABLE
-    until: int = 0
+    stamps: set[int] = field(default_factory=set)
 
     @property
     def seen(self) -> int:
@@ -107,6 +115,8 @@ class Record:
     def note(self, tag: str, base: int, seen: int) -> None:
         old_base, old_seen = self.tags.get(tag, (NO_TABLE, NO_TABLE))
         self.tags[tag] = max(base, old_base), max(seen, old_seen)
+        if base >= self.floor:
+            self.stamps.clear()
         if len(self.tags) > 2:
             # Only the newest other state can outdate one; an older state that comes back is a change.
             self.tags = dict(sorted(self.tags.items(), key=lambda item: (item[1][1], item[1][0]))[-2:])
@@ -119,12 +129,14 @@ class Ledger:
     Attributes:
         last_seen: the newest version that says anything of any file.
         last_complete: the newest version that says it of all sources there were.
+        commits: the last refreshes: version and `updated_at`, oldest first.
     """
 
     version: int = NO_TABLE
     records: dict[str, Record] = field(default_factory=dict)
     last_seen: int = NO_TABLE
     last_complete: int = NO_TABLE
+    commits: list[tuple[int, int]] = field(default_factory=list)
 
     def fold(self, version: int, info: Mapping[str, Any]) -> None:
         """Take in the next commit of the log, whoever made it."""
@@ -158,9 +170,9 @@ class Ledger:
             return Verdict.DONE
         return Verdict.CHANGED if others > max(base, record.floor) else Verdict.DISPUTED
 
-    def until(self, uri: str) -> int:
-        """Of a file in dispute: rows of refreshes up to this `updated_at` may be put right from it."""
-        return self.records[uri].until
+    def stamps(self, uri: str) -> frozenset[int]:
+        """Of a file in dispute: the `updated_at` of the refreshes' rows that may be put right from it."""
+        return frozenset(self.records[uri].stamps)
 
     def is_complete(self) -> bool:
         """Whether nothing was taken up since the table was last made equal to all sources."""
@@ -169,18 +181,23 @@ class Ledger:
     def _take(self, taken: Taken) -> None:
         is_crossed = self.last_seen > taken.base
         crossed = [record for record in self.records.values() if record.seen > taken.base] if is_crossed else []
+        for uri, (tag, base) in taken.looked.items():
+            self.records.setdefault(uri, Record()).note(tag, base, base)
         files = dict(taken.files)
         if taken.complete:
             files.update((uri, GONE) for uri in self.records if uri not in files)
         for uri, tag in files.items():
             record = self.records.setdefault(uri, Record())
             record.note(tag, taken.base, taken.version)
-            record.stamp = max(record.stamp, taken.updated_at)
+        self.commits = [*self.commits[-MAX_COMMITS_KNOWN + 1 :], (taken.version, taken.updated_at)]
         if is_crossed:
-            own = [self.records[uri] for uri in files]
-            until = max([taken.updated_at, *(record.stamp for record in crossed)])
-            for record in [*crossed, *own]:
-                record.floor, record.until = taken.version, max(record.until, until)
+            stamps = {updated_at for version, updated_at in self.commits if version > taken.base}
+            are_all_known = self.commits[0][0] <= taken.base + 1 or len(self.commits) < MAX_COMMITS_KNOWN
+            for record in [*crossed, *(self.records[uri] for uri in files)]:
+                record.floor = taken.version
+                record.stamps |= stamps
+                if not are_all_known:
+                    record.tags = {}  # taken up anew
         self.last_seen = taken.version
         if taken.complete:
             self.last_complete = taken.version
@@ -191,8 +208,9 @@ class Ledger:
             "version": self.version,
             "last_seen": self.last_seen,
             "last_complete": self.last_complete,
+            "commits": [list(commit) for commit in self.commits],
             "files": {
-                uri: [record.stamp, record.floor, record.until, {tag: list(at) for tag, at in record.tags.items()}]
+                uri: [record.floor, sorted(record.stamps), {tag: list(at) for tag, at in record.tags.items()}]
                 for uri, record in self.records.items()
             },
         }
@@ -202,8 +220,11 @@ class Ledger:
         """Raises: KeyError, TypeError, ValueError, AttributeError for what `to_json` did not make."""
         records = {
             str(uri): Record(
-                {str(tag): (int(base), int(seen)) for tag, (base, seen) in tags.items()}, stamp, floor, until
+                {str(tag): (int(base), int(seen)) for tag, (base, seen) in tags.items()},
+                int(floor),
+                {int(stamp) for stamp in stamps},
             )
-            for uri, (stamp, floor, until, tags) in data["files"].items()
+            for uri, (floor, stamps, tags) in data["files"].items()
         }
-        return cls(int(data["version"]), records, int(data["last_seen"]), int(data["last_complete"]))
+        commits = [(int(version), int(stamp)) for version, stamp in data["commits"]]
+        return cls(int(data["version"]), records, int(data["last_seen"]), int(data["last_complete"]), commits)

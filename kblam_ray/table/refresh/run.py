@@ -182,7 +182,7 @@ class Refresher:
     def _take_up(self, pending: Pending) -> bool:
         started = time.monotonic()
         sync = pending.all_files is not None
-        files = pending.all_files if pending.all_files is not None else self._batch(pending.files)
+        files = pending.all_files if pending.all_files is not None else self._batch(pending)
         try:
             outcome = self._one_commit(files, sync)
         except (BadRowError, FactIdCollisionError) as error:
@@ -210,12 +210,14 @@ class Refresher:
     def _one_commit(self, files: list[SourceFile], sync: bool) -> Outcome:
         outcome = None
         if sum(file.size_bytes for file in files) <= SMALL_BYTES and len(files) <= MAX_BATCH_FILES:
-            outcome = self._resident.take_up(files, sync=sync)
+            outcome = self._resident.take_up(files, sync=sync, disputed=self._disputed)
         if outcome is not None:
             return outcome
         self._report.say(f"{len(files)} files are taken up by Ray's workers")
         try:
-            return take_up_backlog(files, self._settings, self._history, self._sources, sync=sync)
+            return take_up_backlog(
+                files, self._settings, self._history, self._sources, sync=sync, disputed=self._disputed
+            )
         except KblamError:
             raise
         except Exception as error:
@@ -228,14 +230,18 @@ class Refresher:
                 help="what was embedded is kept and used by the next try; check the cluster with `ray status`",
             ) from error
 
-    def _batch(self, files: list[SourceFile]) -> list[SourceFile]:
-        """The first of the files, as many as one commit should take up."""
+    def _disputed(self) -> frozenset[str]:
+        return self._watch.pending(self._history.ledger).disputed
+
+    def _batch(self, pending: Pending) -> list[SourceFile]:
+        """The first of the files, as many as one commit should take up, and all that are in dispute."""
         size_bytes = 0
-        for number, file in enumerate(files):
+        for number, file in enumerate(pending.files):
             size_bytes += file.size_bytes
             if number and (number >= self._batch_files or size_bytes > MAX_BATCH_BYTES):
-                return files[:number]
-        return files
+                first = pending.files[:number]
+                return first + [file for file in pending.files[number:] if file.uri in pending.disputed]
+        return pending.files
 
     def _refuse(self, refused: dict[SourceFile, KblamError]) -> None:
         self._report.refuse(self._watch.refuse(refused))

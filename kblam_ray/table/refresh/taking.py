@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from kblam_ray.table.log import TableLog, commit, next_updated_at
 from kblam_ray.table.pipeline.run import DEFAULT_ENCODER
 from kblam_ray.table.plan import WritePlan
 from kblam_ray.table.refresh.history import History
-from kblam_ray.table.refresh.ledger import WRITE_PREFIX, Taken, Verdict
+from kblam_ray.table.refresh.ledger import WRITE_PREFIX, Verdict
 from kblam_ray.table.refresh.reading import ReadBatch, read_batch
 from kblam_ray.table.refresh.settings import RefreshSettings
 from kblam_ray.table.refresh.sources import SourceFile, Sources
@@ -31,10 +31,14 @@ from kblam_ray.table.writing import plan_facts, texts_of, write_deletes, write_u
 MAX_REPLANS = 5
 """How often a plan is made again before its commit because another refresh committed meanwhile."""
 
-ANY_TIME = int(np.iinfo(np.int64).max)
-"""Later than any row."""
-
 _MAX_KEPT_EMBEDDINGS = 50_000
+
+
+Limit = frozenset[int] | None
+"""Of a file in dispute, the `updated_at` of the rows that it may put right; None: it may write over any row."""
+
+Disputed = Callable[[], frozenset[str]]
+"""The files in dispute as the ledger now knows: they have to be taken up together."""
 
 
 @dataclass
@@ -96,12 +100,13 @@ class Resident:
     def _options(self) -> dict[str, Any]:
         return self._settings.model_dump(include=set(EncoderOptions.model_fields))
 
-    def take_up(self, files: Sequence[SourceFile], *, sync: bool) -> Outcome | None:
+    def take_up(self, files: Sequence[SourceFile], *, sync: bool, disputed: Disputed) -> Outcome | None:
         """Bring the table in step with files, in one commit, or in none if nothing differs.
 
         Args:
             files: in the order in which they count; with `sync` all of the sources.
             sync: whether facts that are in no file go.
+            disputed: nothing is done if one that is not among `files` has come into dispute.
 
         Returns:
             None: it is too much for this process, and nothing was done.
@@ -123,7 +128,7 @@ class Resident:
                 where=", ".join(self._settings.input),
                 help="check the input; to empty a table on purpose, delete the facts or the table",
             )
-        if batch.facts and not self._commit(batch, outcome, sync):
+        if batch.facts and not self._commit(batch, outcome, sync, disputed):
             return None
         if batch.rejected and outcome.taken:
             place = storage.beside(self._history.uri, "rejected", f"{uuid.uuid4().hex}.jsonl")
@@ -131,37 +136,46 @@ class Resident:
             print(f"refresh: {len(batch.rejected)} rows rejected: {place}", file=sys.stderr, flush=True)
         return outcome
 
-    def _commit(self, batch: ReadBatch, outcome: Outcome, sync: bool) -> bool:
+    def _commit(self, batch: ReadBatch, outcome: Outcome, sync: bool, disputed: Disputed) -> bool:
         """Plan and commit what was read; False if there are too many texts to embed here."""
         history = self._history
+        known_until = history.ledger.last_seen
         for tries_left in reversed(range(MAX_REPLANS)):
             log, base = history.look(), history.base
+            if history.ledger.last_seen > known_until:
+                # Another refresh committed since the files were read: are they still what they were?
+                self._drop_moved(batch, outcome)
+                known_until = history.ledger.last_seen
+            if not batch.facts or (sync and outcome.moved):
+                return True
+            if not sync and disputed() - {file.uri for file in batch.facts}:
+                return True  # those must be read together with these
             files = [file for file in batch.facts if sync or self._verdict(file) is not Verdict.DONE]
             facts = [fact for file in files for fact in batch.facts[file]]
             info = self.info(log)
             plan = plan_facts(facts, info.identity, log, "sync" if sync else "upsert")
             if not sync:
-                until = [self._until(file) for file in files for _ in batch.facts[file]]
-                plan = restricted(plan, facts, np.array(until, np.int64), info, log)
+                limits = [limit for file in files for limit in [self._limit(file)] * len(batch.facts[file])]
+                plan = restricted(plan, facts, limits, info, log)
             written = [facts[row] for row in plan.written]
             if not self._embed(texts_of(written), outcome):
                 return False
             history.look()
-            if history.base == base or history.ledger.last_seen <= base or not tries_left:
+            if history.ledger.last_seen <= base or not tries_left:
                 break
         tags = {file.uri: file.tag for file in files}
         outcome.taken = list(batch.facts)
         if plan.is_empty:
-            history.ledger.observe(tags, base, complete=sync)
+            history.observe(tags, base, complete=sync)
             return True
         write_id = WRITE_PREFIX + uuid.uuid4().hex
         updated_at = next_updated_at(history.log or history.uri)
         parts = write_upserts(history.uri, written, info.identity, self._embeddings, updated_at, write_id)
         if log is not None:
             parts += write_deletes(log, None, plan.deleted_ids, info.identity, updated_at, write_id)
-        # The commit's own version is in the log, not in what it says.
-        taken = Taken(version=base, base=base, files=tags, complete=sync, updated_at=updated_at)
-        outcome.version = commit(history.uri, info, parts, write_id, taken.metadata()).version
+        said = history.saying(tags, base, complete=sync, updated_at=updated_at)
+        outcome.version = commit(history.uri, info, parts, write_id, said).version
+        history.committed()
         outcome.added, outcome.changed = len(plan.added), len(plan.changed)
         outcome.deleted = len(plan.deleted_ids)
         return True
@@ -169,8 +183,15 @@ class Resident:
     def _verdict(self, file: SourceFile) -> Verdict:
         return self._history.ledger.verdict(file.uri, file.tag)
 
-    def _until(self, file: SourceFile) -> int:
-        return self._history.ledger.until(file.uri) if self._verdict(file) is Verdict.DISPUTED else ANY_TIME
+    def _limit(self, file: SourceFile) -> Limit:
+        return self._history.ledger.stamps(file.uri) if self._verdict(file) is Verdict.DISPUTED else None
+
+    def _drop_moved(self, batch: ReadBatch, outcome: Outcome) -> None:
+        for file in list(batch.facts):
+            now = self._sources.look_at(file.uri)
+            if now is None or now.tag != file.tag:
+                del batch.facts[file]
+                outcome.moved.append(file)
 
     def _embed(self, texts: list[str], outcome: Outcome) -> bool:
         new = [text for text in texts if text not in self._embeddings]
@@ -185,34 +206,35 @@ class Resident:
 
 
 def restricted(
-    plan: WritePlan, facts: Sequence[Fact], until_N: np.ndarray, info: TableInfo, log: TableLog | None
+    plan: WritePlan, facts: Sequence[Fact], limits: Sequence[Limit], info: TableInfo, log: TableLog | None
 ) -> WritePlan:
     """The plan without the facts that a file in dispute may not put right; see `may_write`."""
-    added, changed = (
-        rows[may_write(np.array([fact_id(facts[row], info.identity) for row in rows], np.int64), until_N[rows], log)]
-        for rows in (plan.added, plan.changed)
-    )
-    return replace(plan, added=added, changed=changed)
+
+    def allowed(rows: np.ndarray) -> np.ndarray:
+        ids = np.array([fact_id(facts[row], info.identity) for row in rows], np.int64)
+        return rows[may_write(ids, [limits[row] for row in rows], log)]
+
+    return replace(plan, added=allowed(plan.added), changed=allowed(plan.changed))
 
 
-def may_write(ids_W: np.ndarray, until_W: np.ndarray, log: TableLog | None) -> np.ndarray:
+def may_write(ids_W: np.ndarray, limits_W: Sequence[Limit], log: TableLog | None) -> np.ndarray:
     """Whether each planned fact may be written over its row in a version, whose file may be in dispute: bool [W].
 
-    A file in dispute was taken up already: only what a refresh wrote may be put right, and only what the crossing
-    ones wrote or found. What others wrote since stays.
+    A file in dispute was taken up already: only what the refreshes wrote that crossed may be put right. What others
+    wrote since, or was taken up later, stays.
 
     Args:
-        until_W: the largest `updated_at` that may be written over, by fact; the largest int64 for a file that changed.
+        limits_W: of each fact the `updated_at` of the rows that may be written over; None: any.
     """
     may_W = np.ones(len(ids_W), bool)
-    limited = np.flatnonzero(until_W < ANY_TIME)
-    if log is None or not len(limited):
+    limited = [row for row, limit in enumerate(limits_W) if limit is not None]
+    if log is None or not limited:
         return may_W
     winners = find_winners(log, fact_ids=ids_W[limited])
     place = {int(id_): at for at, id_ in enumerate(winners.fact_ids_M)}
     for row in limited:
-        at = place.get(int(ids_W[row]))
-        if at is not None:
-            is_ours = winners.write_ids_M[at].as_py().startswith(WRITE_PREFIX)
-            may_W[row] = is_ours and winners.updated_at_M[at] <= until_W[row]
+        at, limit = place.get(int(ids_W[row])), limits_W[row]
+        if at is not None and limit is not None:
+            is_of_refresh = winners.write_ids_M[at].as_py().startswith(WRITE_PREFIX)
+            may_W[row] = is_of_refresh and int(winners.updated_at_M[at]) in limit
     return may_W
