@@ -145,6 +145,7 @@ def test_the_page_says_what_was_found_and_how(page: Page):
     ):  # fmt: skip
         assert text.lower() in page.text.lower(), text
     assert f"2 knowledge bases: {EVIL}, {EVIL} too · 10 to 1,000 facts · 36 rows" in page.text
+    assert "0123456789abcdef, with changes" in page.text
     assert len(page.all("figure")) == len(page.all("figcaption"))
     assert page.all("noscript")
 
@@ -322,14 +323,15 @@ def test_it_is_read_without_scripts(opened):
     assert page.locator(".controls").count() == 0
 
 
-def test_paper_is_light_and_unfolded(opened):
+def test_paper_is_light_and_has_what_is_unfolded(opened):
     page = opened(color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 248)"
-    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open])").count() == 0
-    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-    assert page.locator("details:not([open])").count() > 0
+    tables = page.locator("#sweep-tables")
+    assert not tables.is_visible()
+    page.evaluate("document.querySelector('#sweep-tables').open = true")
+    assert tables.is_visible()
+    assert not page.locator(".controls").is_visible()
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

@@ -12,6 +12,7 @@ import pyarrow as pa
 from kblam_ray.errors import InputError
 from kblam_ray.evaluation.report.chart import Chart
 from kblam_ray.evaluation.report.charts import charts_of
+from kblam_ray.evaluation.report.naming import environment_words
 from kblam_ray.evaluation.report.plots import chart_png
 from kblam_ray.evaluation.report.tables import Table, one_line, prose, sweep_markdown
 
@@ -145,9 +146,9 @@ def _markdown(title: str, prepared: Sequence[Prepared], about: str) -> str:
 
 
 def _how(summary: Mapping[str, Any]) -> str:
-    environment = dict(summary.get("environment", {}))
-    command = environment.pop("command", None)
-    known = [f"{name} {one_line(str(value))}" for name, value in environment.items() if value is not None]
+    environment = summary.get("environment", {})
+    command = environment.get("command")
+    known = [f"{name} {one_line(value)}" for name, value in environment_words(environment)]
     lines = [f"Base model {one_line(summary['base_model'])}."] if summary.get("base_model") else []
     if known:
         lines.append("; ".join(known) + ".")

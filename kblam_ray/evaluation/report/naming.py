@@ -176,3 +176,11 @@ def size_of(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.3g} {name}"
     return f"{num_bytes:.0f} bytes"
+
+
+def environment_words(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what a sweep ran on, but the command; a commit says whether files differed from it."""
+    known = {name: value for name, value in environment.items() if value is not None and name != "command"}
+    if known.pop("is_changed", False) and "commit" in known:
+        known["commit"] = f"{known['commit']}, with changes"
+    return [(words(name), str(value)) for name, value in known.items()]

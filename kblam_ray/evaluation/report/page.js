@@ -117,13 +117,3 @@ function leaf(card) {
 }
 
 for (const card of document.querySelectorAll(".browser")) leaf(card);
-
-// On paper nothing can be unfolded.
-let folded = [];
-window.addEventListener("beforeprint", () => {
-  folded = [...document.querySelectorAll("details:not([open])")];
-  for (const details of folded) details.open = true;
-});
-window.addEventListener("afterprint", () => {
-  for (const details of folded) details.open = false;
-});

@@ -15,7 +15,7 @@ from kblam_ray.errors import MissingDependencyError
 from kblam_ray.evaluation.report.browser import Browser, browser_of
 from kblam_ray.evaluation.report.chart import BarPanel, Chart, HeatPanel, LinePanel
 from kblam_ray.evaluation.report.headline import Tile, tiles_of
-from kblam_ray.evaluation.report.naming import GROUNDINGS, INKS, WAYS, number
+from kblam_ray.evaluation.report.naming import GROUNDINGS, INKS, WAYS, environment_words, number
 from kblam_ray.evaluation.report.plots import legend_svg, panel_svg
 from kblam_ray.evaluation.report.tables import Table, sweep_groups
 
@@ -224,9 +224,10 @@ def _when(prepared: Sequence[Prepared]) -> str:
         return ""
     summary = prepared[0].section.summary
     environment = summary.get("environment", {})
+    changed = " with changes" if environment.get("is_changed") else ""
     parts = [
         f"base model {summary['base_model']}" if summary.get("base_model") else "",
-        f"commit {environment['commit'][:12]}" if environment.get("commit") else "",
+        f"commit {environment['commit'][:12]}{changed}" if environment.get("commit") else "",
         environment.get("machine") or "",
     ]
     return " · ".join(part for part in parts if part)
@@ -237,14 +238,13 @@ def _runs(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for one in prepared:
         summary = one.section.summary
-        environment = {name: value for name, value in summary.get("environment", {}).items() if value is not None}
-        command = environment.pop("command", "")
+        environment = summary.get("environment", {})
         facts = [("base model", summary["base_model"])] if summary.get("base_model") else []
-        facts += [(name.replace("_", " "), _text(value)) for name, value in environment.items()]
+        facts += environment_words(environment)
         settings = summary.get("settings") or {}
         run = {
             "title": one.section.title if len(prepared) > 1 else "",
-            "command": command,
+            "command": environment.get("command", ""),
             "facts": facts,
             "tables": [table for table in (_candidates(summary), _sources(summary)) if table.rows],
             "notes": list(summary.get("notes", ())),
