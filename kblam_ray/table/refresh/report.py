@@ -132,6 +132,7 @@ class Report:
         """
         now = time.time()
         self.files_read += len(outcome.taken)
+        self.files_waiting = max(0, self.files_waiting - len(outcome.taken))
         self.texts_embedded += outcome.texts_embedded
         for file in outcome.taken:
             self.refused.pop(file.uri, None)

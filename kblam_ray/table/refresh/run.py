@@ -142,7 +142,7 @@ class Refresher:
                     self._history.look()
                     self._resident.encoder()
                     is_warm = True
-                _, has_progressed = self._pass()
+                pending, has_progressed = self._pass()
             except (StorageError, EncoderError, RayStartError) as error:
                 self._report.fail(error, backoff_s)
                 self._sleep(backoff_s)
@@ -153,7 +153,14 @@ class Refresher:
             if self._has_refreshed_enough():
                 break
             if not has_progressed:
-                self._sleep(max(self._settings.poll_s, _LISTING_SHARE * self._watch.listing_s))
+                self._sleep(self._until_next_look(pending))
+
+    def _until_next_look(self, pending: Pending) -> float:
+        """Seconds: the usual ones, or fewer where a file will have stood still for long enough before."""
+        usual_s = max(self._settings.poll_s, _LISTING_SHARE * self._watch.listing_s)
+        now = time.time()
+        ages_s = [now - file.modified_us / 1e6 for file in pending.unsettled]
+        return min([usual_s, *(max(_SLICE_S, self._settings.settle_s - age_s) for age_s in ages_s)])
 
     def _pass(self) -> tuple[Pending, bool]:
         """Look once and take up one batch; returns what was found, and whether anything came of it."""

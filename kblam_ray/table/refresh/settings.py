@@ -39,7 +39,7 @@ class RefreshSettings(JobConfig, EncoderOptions):
     once: bool = Field(False, description="take up what is there and end, instead of watching")
     poll_s: float = Field(1.0, gt=0, description="seconds between looks at the inputs; longer where looking takes long")
     settle_s: float = Field(
-        1.0, ge=0, description="a local file that may still be written must have stood still for so many seconds"
+        0.5, ge=0, description="a local file that may still be written must have stood still for so many seconds"
     )
     sqs_queue_url: str | None = Field(None, description="a queue with the S3 events of the inputs")
     list_every_s: float = Field(60.0, gt=0, description="seconds between full listings where events tell what changed")
