@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal, Self
 
@@ -142,14 +143,16 @@ class EvaluateSettings(AskedSettings):
             raise ValueError("--question has one selection and one C")
         if self.question and "grounding" in given and len(self.grounding) != 1:
             raise ValueError("--question has one grounding")
+        if self.question and self.num_facts:
+            raise ValueError("--question is asked of all the facts: leave --num-facts out")
         if self.questions and self.num_facts:
             raise ValueError("--questions are asked of all the facts: leave --num-facts out")
         if self.questions and num_sources != 1:
             raise ValueError("--questions are asked of one knowledge base")
         if any(not re.match(SELECTION, one) for one in self.selection):
             raise ValueError("selection: give all, or similar:K")
-        if any(scale <= 0 for scale in self.kb_scale):
-            raise ValueError("kb_scale: C is larger than 0")
+        if not all(0 < scale < math.inf for scale in self.kb_scale):
+            raise ValueError("kb_scale: C is a finite number larger than 0")
         if "trained" in self.entities and self.held_out is None:
             raise ValueError("entities: with --held-out, the share that training held out")
         if any(size < 0 for size in (*self.interference, *self.cost)):

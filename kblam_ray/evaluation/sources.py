@@ -15,7 +15,7 @@ from typing import Literal
 from kblam_ray.attention.adapter.config import EncoderRef
 from kblam_ray.encoders.load import encoder_spec
 from kblam_ray.encoders.settings import EncoderSettings
-from kblam_ray.errors import InputError
+from kblam_ray.errors import BadRowError, InputError
 from kblam_ray.evaluation.settings import EvaluateSettings
 from kblam_ray.facts import RejectedRow, expand_inputs, read_facts
 from kblam_ray.facts.fact import DEFAULT_IDENTITY, Fact, Identity, content_hash, fact_id, identity_fields
@@ -111,8 +111,40 @@ def sources_of(settings: EvaluateSettings) -> list[Source]:
     return found
 
 
+def read_input(source: Source) -> list[Fact]:
+    """The facts of a file, a folder or a glob of files.
+
+    Raises:
+        InputError: there is no such file, or it has no facts.
+        BadRowError: a row is no fact; names it.
+        StorageError: a file cannot be read.
+    """
+    facts = []
+    for file in expand_inputs([source.place]):
+        for row in read_facts(file):
+            if isinstance(row, RejectedRow):
+                # Its own help speaks of a flag that leaves rows out, which no evaluation has.
+                raise row.to_error() if row.fatal else BadRowError(row.reason, where=row.where, help="mend the row")
+            facts.append(row.fact)
+    if not facts:
+        raise InputError("the input holds no facts", where=source.place, help="give a file that has some")
+    return facts
+
+
+def num_distinct(facts: Sequence[Fact]) -> int:
+    """How many facts there are in a table of these."""
+    identity = _identity(facts)
+    return len({identity_fields(fact, identity) for fact in facts})
+
+
 def make_table(
-    source: Source, encoder: EncoderRef | None, folder: str, *, gpus_per_worker: float = 0, tell: Tell | None = None
+    source: Source,
+    encoder: EncoderRef | None,
+    folder: str,
+    *,
+    facts: Sequence[Fact] | None = None,
+    gpus_per_worker: float = 0,
+    tell: Tell | None = None,
 ) -> KnowledgeBase:
     """A table of a file's facts, or of synthetic ones, as they are now; made, finished or brought up to date.
 
@@ -121,6 +153,7 @@ def make_table(
     Args:
         encoder: what embeds them: an adapter's.
         folder: where tables are kept.
+        facts: of the file, where `read_input` has read them before.
         gpus_per_worker: of the Ray workers that embed.
 
     Raises:
@@ -146,7 +179,7 @@ def make_table(
         facts, identity = list(SyntheticFacts(source.seed).facts(0, source.num_facts or 0)), DEFAULT_IDENTITY
         file = join(folder, f"{stem}.parquet")
     else:
-        facts, file = _read(source.place), source.place
+        facts, file = read_input(source) if facts is None else facts, source.place
         identity = _identity(facts)
         uri = join(folder, source.name + ("" if identity == DEFAULT_IDENTITY else "-values") + ending)
     named_encoder = EncoderSettings(name=encoder.name, expected_revision=encoder.revision)
@@ -157,18 +190,6 @@ def make_table(
     else:
         _embed_here(uri, facts, named_encoder, identity, tell)
     return KnowledgeBase.open(uri)
-
-
-def _read(place: str) -> list[Fact]:
-    facts = []
-    for file in expand_inputs([place]):
-        for row in read_facts(file):
-            if isinstance(row, RejectedRow):
-                raise row.to_error()
-            facts.append(row.fact)
-    if not facts:
-        raise InputError("the input holds no facts", where=place, help="give a file that has some")
-    return facts
 
 
 def _identity(facts: Iterable[Fact]) -> Identity:

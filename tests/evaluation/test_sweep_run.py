@@ -11,7 +11,14 @@ from model_samples import tiny_adapter, tiny_llama
 from sweep_samples import SMALL, figures, make_parts, small, swept
 
 from kblam_ray.attention.adapter import KnowledgeAdapter
-from kblam_ray.errors import AdapterError, EncoderMismatchError, InputError, StorageError, TableNotFoundError
+from kblam_ray.errors import (
+    AdapterError,
+    BadRowError,
+    EncoderMismatchError,
+    InputError,
+    StorageError,
+    TableNotFoundError,
+)
 from kblam_ray.evaluation import sources
 from kblam_ray.evaluation.cost import measure_cost
 from kblam_ray.evaluation.interference import measure_interference
@@ -295,11 +302,20 @@ def test_tables_can_be_shared_and_notes_be_added(parts, tmp_path):
 def test_what_is_wrong_is_found_before_the_model_is_loaded(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "do_unit", None)
     monkeypatch.setattr(run, "make_table", None)
+    cities = str(tmp_path / "cities.csv")
+    write_facts(
+        [Fact("Lima", "country", "Peru"), Fact("Ur", "country", "Iraq"), Fact("Lima", "country", "Peru")], cities
+    )
+    (tmp_path / "bad.csv").write_text("entity,property,value\nLima,country,Peru\nUr,country\n")
     for name in ("num_facts", "interference", "cost"):
         with pytest.raises(InputError, match="7 facts of 6"):
             swept(parts, tmp_path / "out", **{name: [4, 7]})
         with pytest.raises(InputError, match="9 facts of 8"):
             swept(parts, tmp_path / "out", synthetic=8, **{name: [9]})
+        with pytest.raises(InputError, match="3 facts of 2 that 'cities' has"):
+            swept(parts, tmp_path / "out", input=[cities], **{name: [3]})
+    with pytest.raises(BadRowError, match=r"bad\.csv: line 3.*mend the row$"):
+        swept(parts, tmp_path / "out", input=[cities, str(tmp_path / "bad.csv")])
     with pytest.raises(TableNotFoundError):
         swept(parts, tmp_path / "out", kb=[str(tmp_path / "none")])
     with pytest.raises(AdapterError, match="no such folder"):

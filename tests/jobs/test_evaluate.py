@@ -224,6 +224,8 @@ def test_a_table_without_the_adapters_encoder(parts, tmp_path):
         (["--kb=x", "--num-facts=0", "--output=x"], "num_facts 0"),
         (["--kb=x", "--selection=nearest", "--output=x"], "similar:K"),
         (["--kb=x", "--kb-scale=0", "--output=x"], "larger than 0"),
+        (["--kb=x", "--kb-scale=nan", "--output=x"], "finite number"),
+        (["--kb=x", "--question=q", "--num-facts=5"], "all the facts"),
         (["--kb=x", "--entities=trained", "--output=x"], "--held-out"),
         (["--kb=x", "--kinds=unanswerable", "--output=x"], "has an answer"),
         (["--kb=x", "--kinds=hard", "--output=x"], "--kinds"),

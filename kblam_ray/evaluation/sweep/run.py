@@ -21,13 +21,14 @@ from kblam_ray.errors import InputError
 from kblam_ray.evaluation.outcomes import SCHEMA
 from kblam_ray.evaluation.own_questions import OwnQuestion
 from kblam_ray.evaluation.settings import EvaluateSettings
-from kblam_ray.evaluation.sources import Source, make_table, sources_of
+from kblam_ray.evaluation.sources import Source, make_table, num_distinct, read_input, sources_of
 from kblam_ray.evaluation.sweep.environment import environment
 from kblam_ray.evaluation.sweep.fingerprints import Base, Candidate
 from kblam_ray.evaluation.sweep.plan import Plan, check_candidates, check_sizes
 from kblam_ray.evaluation.sweep.store import UnitStore
 from kblam_ray.evaluation.sweep.unit import Found, Progress, Unit
 from kblam_ray.evaluation.sweep.workers import do_here, do_on_ray
+from kblam_ray.facts.fact import Fact
 from kblam_ray.model.matching import require_encoder
 from kblam_ray.ray_session import start_ray
 from kblam_ray.storage import filesystem, join, normalize, storage_errors
@@ -111,9 +112,12 @@ def sweep(
         for candidate in candidates:
             require_encoder(candidate.config, kb.encoder, where=f"{kb.uri}, adapter {candidate.name}")
         check_sizes(settings, name, kb.num_facts)
+    read = {source.name: read_input(source) for source in sources if source.kind == "input"}
     for source in sources:
         if source.num_facts is not None:
             check_sizes(settings, source.name, source.num_facts)
+    for name, facts in read.items():
+        check_sizes(settings, name, num_distinct(facts))
     base = Base.read(base_model)
     check_candidates(settings, base, candidates)
     # Before hours of work: a place that cannot be written is found now.
@@ -122,7 +126,8 @@ def sweep(
         store.create_dir(path, recursive=True)
     if settings.num_workers:
         start_ray()
-    opened = _opened(settings, sources, given, candidates, tables or join(output, TABLES), progress)
+    opened = _opened(settings, sources, given, read, candidates, tables or join(output, TABLES), progress)
+    read.clear()
     units = Plan(settings, base, candidates, opened, own, output).units()
     made_on = environment()
     made_by = {name: made_on[name] for name in ("version", "commit")}
@@ -150,6 +155,7 @@ def _opened(
     settings: EvaluateSettings,
     sources: Sequence[Source],
     given: Mapping[str, KnowledgeBase],
+    read: Mapping[str, list[Fact]],
     candidates: Sequence[Candidate],
     folder: str,
     progress: Progress | None,
@@ -165,9 +171,9 @@ def _opened(
             encoder = candidate.config.encoder
             named = source.name, encoder.revision if encoder else None
             if named not in made:
-                kb = make_table(source, encoder, folder, gpus_per_worker=settings.gpus_per_worker, tell=progress)
-                check_sizes(settings, source.name, kb.num_facts)
-                made[named] = kb
+                facts = read.get(source.name)
+                gpus = settings.gpus_per_worker
+                made[named] = make_table(source, encoder, folder, facts=facts, gpus_per_worker=gpus, tell=progress)
             found[source.name, candidate.name] = made[named]
     return found
 
