@@ -22,6 +22,9 @@ from kblam_ray.model.asking import parse_selection
 from kblam_ray.model.prior import QuestionPrior
 from kblam_ray.model.refusal import features, is_refusal, statistic
 
+SAME_SCORE = 1e-3
+"""Scores of equal keys that differ by less, relatively, differ by rounding."""
+
 
 def attention_outcomes(task: Task, *, has_prior: bool) -> dict[System, list[Outcome]]:
     """Outcomes of attention under the adapter's settings as they are now, question by question.
@@ -98,13 +101,17 @@ def _retrieved(
 
 
 def _scores(task: Task, memory: KnowledgeMemory, found: Evidence) -> np.ndarray:
-    """Retrieval scores of all facts, float32 [M]; a fact that was not selected stands behind all others."""
-    scores = found.scores_M.cpu().numpy()
-    if not memory.is_selection:
-        return scores
-    scores_M = np.full(len(task.facts), -np.inf, np.float32)
-    scores_M[task.rows(memory.fact_ids.tolist())] = scores
-    return scores_M
+    """Retrieval scores of all facts, float32 [M]; a fact that was not selected stands behind all others.
+
+    Facts with one key have one score, unless words in the prior tell them apart.
+    """
+    scores_M = found.scores_M.cpu().numpy()
+    if memory.is_selection:
+        selected = scores_M
+        scores_M = np.full(len(task.facts), -np.inf, np.float32)
+        scores_M[task.rows(memory.fact_ids.tolist())] = selected
+    alike_M = scores_M[task.first_alike_M]
+    return np.where(np.isclose(scores_M, alike_M, rtol=SAME_SCORE, atol=0.0), alike_M, scores_M)
 
 
 def _answered(

@@ -43,11 +43,13 @@ def exact_match(
     given: str = "",
     names: Sequence[str] = (),
     others: Sequence[str] | ValueIndex = (),
+    num_values: Sequence[int] = (),
 ) -> bool:
     """Whether an answer states exactly the wanted values; however it is worded.
 
     Right is an answer in which
-    - every value stands letter for letter, as a whole, in the order asked for; only blanks and line breaks may differ,
+    - every value stands letter for letter, as a whole, in the order asked for, several of one fact in any; only blanks
+      and line breaks may differ,
     - nothing runs into a value: beside it stand marks, words of the question or words that only frame a statement,
     - the rest has no name, number or code (a word with a digit, or with a capital after the first letter of a sentence)
       that the question does not have,
@@ -59,8 +61,10 @@ def exact_match(
         given: what was said before: the question and the turns before it.
         names: the entities and properties asked for: a value that stands inside such a name is not stated by it.
         others: values of other facts, or of all.
+        num_values: how many of the values are of each entity and property asked for, which has them in no order; by
+            default one each.
     """
-    return bool(values) and Statement(text, given, names).is_exactly(values, others)
+    return bool(values) and Statement(text, given, names).is_exactly(values, others, num_values)
 
 
 def token_f1(text: str, reference: str, *, given: str = "", names: Sequence[str] = ()) -> tuple[float, float, float]:

@@ -92,12 +92,20 @@ def judged(
     if not question.values:
         return Outcome(statistic=statistic, refused=refused, text=text, is_cited=is_cited)
     precision, recall, f1 = token_f1(text, " ".join(question.values), given=question.given, names=question.names)
+    is_exact = exact_match(
+        text,
+        question.values,
+        given=question.given,
+        names=question.names,
+        others=values,
+        num_values=question.num_values,
+    )
     shared = rouge(text, references(question.values, question.sentence))
     return Outcome(
         statistic=statistic,
         refused=refused,
         text=text,
-        is_exact=exact_match(text, question.values, given=question.given, names=question.names, others=values),
+        is_exact=is_exact,
         precision=precision,
         recall=recall,
         f1=f1,

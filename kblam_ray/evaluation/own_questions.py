@@ -2,7 +2,8 @@
 
 Each line is an object with `question`, and optionally `context` (the turns before it, the user's first), `entity` and
 `property` (the fact asked for), and `value` (what a right answer states: a text, a list of texts, or null where no fact
-answers). Without any of the latter three the answer is written down and not judged.
+answers). Without any of the latter three the answer is written down and not judged. Several values stand in the answer
+in their order, unless they are of the one entity and property that is given: then in any.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class OwnQuestion(BaseModel):
             rows_of: rows by entity and property, as `normalized`.
 
         Raises:
-            InputError: a value is expected of a fact that is not there, or another one than it has.
+            InputError: a value is expected of a fact that is not there, or none of one that is.
         """
         wanted: list[int] = []
         values = self.expected()
@@ -77,6 +78,7 @@ class OwnQuestion(BaseModel):
             wanted=tuple(wanted),
             values=tuple(values or ()),
             names=names,
+            num_values=(len(values),) if names and values else (),
         )
 
     def is_judged(self) -> bool:

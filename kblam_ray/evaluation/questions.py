@@ -43,6 +43,7 @@ class Asked:
         names: entities and properties asked for.
         reason: why there is no answer.
         sentence: a right answer as a sentence; None where nobody wrote one.
+        num_values: how many of the values each entity and property asked for has, see `metrics.exact_match`.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Asked:
     names: tuple[str, ...] = ()
     reason: str | None = None
     sentence: str | None = None
+    num_values: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -75,6 +77,7 @@ class Asked:
             sentence=question.answer if question.facts else None,
             names=tuple(name for pair in question.asked for name in pair),
             reason=question.reason,
+            num_values=question.num_values,
         )
 
 

@@ -8,7 +8,7 @@ Scripts without blanks between words (Han, Kana, Thai, ...) are taken letter by 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from kblam_ray.model.mentions import KOREAN_ENDINGS, UNSPACED
@@ -16,7 +16,7 @@ from kblam_ray.model.mentions import KOREAN_ENDINGS, UNSPACED
 _FRAME = frozenset(
     "a an and answer are as at be been both but by called does each for from had has have he her his i in is it its"
     " known named of on or respectively s she so that the their there these they this those to was were which while"
-    " with yes you の は が を に と も で だ 的 是 为 為 在 有 和 也 叫".split()
+    " with yes you это является هو هي היא הוא है हैं の は が を に と も で だ 的 是 为 為 在 有 和 也 叫".split()
 )
 """Words and letters that frame a statement and state nothing."""
 
@@ -30,11 +30,17 @@ _MINUS = frozenset("-−–")
 
 _SENTENCE_ENDS = frozenset(".!?:;。!?:;")
 
+_LONGEST_ENDING = max(map(len, KOREAN_ENDINGS))
+
 Span = tuple[int, int]
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, case folded, without marks; single letters in scripts without blanks."""
+    """The words of a text, case folded, without marks; single letters in scripts without blanks.
+
+    A letter with an accent is one, whether Unicode has it as one or two.
+    """
+    text = unicodedata.normalize("NFC", text)
     return [text[start:end].casefold() for start, end in word_spans(text)]
 
 
@@ -57,28 +63,41 @@ def word_spans(text: str) -> list[Span]:
 
 
 def one_line(text: str) -> str:
-    """The text with one blank for every run of blanks and line breaks."""
-    return " ".join(text.split())
+    """The text with one blank for every run of blanks and line breaks, and its letters as Unicode composes them."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 class ValueIndex:
-    """Many values, found in a text without going through all of them.
+    """Many values, found in a text without going through them.
 
     Args:
         values: values of facts, each perhaps several times.
     """
 
     def __init__(self, values: Iterable[str]) -> None:
-        self._by_first: dict[str, list[str]] = {}
+        self._by_words: dict[tuple[str, ...], list[str]] = {}
         for value in sorted({one_line(value) for value in values}):
-            parts = words(value)
+            parts = tuple(words(value))
             # A value of nothing but frame words stands in every sentence.
             if any(part not in _FRAME for part in parts):
-                self._by_first.setdefault(parts[0], []).append(value)
+                self._by_words.setdefault(parts, []).append(value)
+        self._lengths = sorted({len(parts) for parts in self._by_words})
 
-    def starting_with(self, word: str) -> Sequence[str]:
-        """The values whose first word, case folded, is this."""
-        return self._by_first.get(word, ())
+    def possible_in(self, parts: Sequence[str]) -> set[str]:
+        """The values whose words stand side by side in a text; their marks and capitals may differ.
+
+        Args:
+            parts: `words` of the text; behind a value's last one may be an ending, as Korean has them.
+        """
+        found: set[str] = set()
+        for length in self._lengths:
+            if length > len(parts):
+                break
+            for start in range(len(parts) - length + 1):
+                *before, last = parts[start : start + length]
+                for end in (last, *_without_ending(last)):
+                    found.update(self._by_words.get((*before, end), ()))
+        return found
 
 
 class Statement:
@@ -105,22 +124,31 @@ class Statement:
         """Words without those of what was said before, and without those of the frame."""
         return [word for word in given if not self._is_harmless(word)]
 
-    def is_exactly(self, values: Sequence[str], others: Sequence[str] | ValueIndex = ()) -> bool:
+    def is_exactly(
+        self, values: Sequence[str], others: Sequence[str] | ValueIndex = (), num_values: Sequence[int] = ()
+    ) -> bool:
         """Whether the answer states the values and no more: the rules of `metrics.exact_match`."""
         wanted = [one_line(value) for value in values]
         longer_names = [name for name in self._names if name not in wanted]
         taken: list[Span] = []
-        at = 0
-        for value in wanted:
-            within = [span for name in longer_names if len(name) > len(value) for span in self._occurrences(name)]
-            found = next(
-                (span for span in self._occurrences(value, at) if not _within(span, within) and self._is_bare(span)),
-                None,
-            )
-            if found is None:
-                return False
-            taken.append(found)
-            at = found[1]
+        at = first = 0
+        for count in num_values or [1] * len(wanted):
+            # The longer ones first: another one may stand inside them.
+            for value in sorted(wanted[first : first + count], key=len, reverse=True):
+                within = [span for name in longer_names if len(name) > len(value) for span in self._occurrences(name)]
+                found = next(
+                    (
+                        span
+                        for span in self._occurrences(value, at)
+                        if not _overlaps(span, taken) and not _within(span, within) and self._is_bare(span)
+                    ),
+                    None,
+                )
+                if found is None:
+                    return False
+                taken.append(found)
+            first += count
+            at = max((end for _, end in taken), default=0)
         stated = {word for value in wanted for word in words(value)}
         return not self._tells_more(taken, stated) and not self._states_another(taken, wanted, others)
 
@@ -191,12 +219,17 @@ class Statement:
     def _states_another(self, taken: Sequence[Span], wanted: Sequence[str], others: Sequence[str] | ValueIndex) -> bool:
         index = others if isinstance(others, ValueIndex) else ValueIndex(others)
         named = [span for name in self._names for span in self._occurrences(name)]
-        for value in {value for word in self._words for value in index.starting_with(word)}:
+        for value in index.possible_in(self._words):
             if value in wanted or value in self._names or _stands_in(value, self._given_text):
                 continue
             if any(not _overlaps(span, taken) and not _within(span, named) for span in self._occurrences(value)):
                 return True
         return False
+
+
+def _without_ending(word: str) -> Iterator[str]:
+    """The word without what Korean writes onto the end of one, in each way that there is."""
+    return (word[:at] for at in range(max(1, len(word) - _LONGEST_ENDING), len(word)) if word[at:] in KOREAN_ENDINGS)
 
 
 def _stands_in(value: str, text: str) -> bool:

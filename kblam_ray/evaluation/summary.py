@@ -35,8 +35,9 @@ def result(
 
     Each of the first four is a mapping from groups (`all`, and each kind that has answers) to figures: `@1, @5`;
     `exact_match, precision, recall, f1, rouge_1, rouge_2, rouge_l` and, where it was measured, `bert_score`; `recall`;
-    `precision, recall, f1, area_under_curve`. A figure is `value, low, high, count`. The refusal of a kind is over its
-    questions and a like share of those without an answer. `calibration` is that of the statistic over all questions,
+    `precision, recall, f1` where there are questions without an answer, and `area_under_curve` where there are others,
+    too. A figure is `value, low, high, count`. The refusal of a kind is over its questions and a like share of those
+    without an answer. `calibration` is that of the statistic over all questions,
     see `calibration.calibration`; a grounding has the statistic of attention without one, and it is given there only.
 
     Args:
@@ -58,7 +59,7 @@ def result(
     share = len(unanswerable) / len(answerable) if answerable else 0.0
     refusal = {
         # Reasons take turns among the unanswerable ones: each beginning of them has all reasons.
-        group: _refusal([*members, *unanswerable[: round(share * len(members))]], seed)
+        group: _refusal(pairs if group == ALL else [*members, *unanswerable[: round(share * len(members))]], seed)
         for group, members in groups.items()
     }
     if refusal[ALL]:
@@ -102,7 +103,7 @@ def _citations(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
 def _refusal(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
     known = [(question.should_answer, outcome) for question, outcome in pairs if question.should_answer is not None]
     found: dict[str, Any] = {}
-    if not _both_sorts(should for should, _ in known):
+    if all(should for should, _ in known):
         return found
     refused = [(bool(outcome.refused), not should) for should, outcome in known if outcome.refused is not None]
     if refused:

@@ -1,4 +1,7 @@
-"""One knowledge base with the questions asked of it, ready for every way of answering."""
+"""One knowledge base with the questions asked of it, ready for every way of answering.
+
+Shape legend: M facts, P encoder dim.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
@@ -95,6 +99,21 @@ class Task:
     def _row_of(self) -> dict[int, int]:
         return {fact_id: row for row, fact_id in enumerate(self.facts.fact_ids_M.tolist())}
 
+    @cached_property
+    def first_alike_M(self) -> np.ndarray:
+        """See `first_alike`, of all facts."""
+        return first_alike(self.facts.keys_MP)
+
     def tell(self, what: str, num_done: int) -> None:
         if self.progress is not None:
             self.progress(f"{len(self.facts):,} facts, {what}: {num_done:,} of {len(self.questions):,} questions")
+
+
+def first_alike(keys_MP: np.ndarray) -> np.ndarray:
+    """For each key the row of the first that equals it, int64 [M]: facts that no search can tell apart.
+
+    The last bits of a product hang on the place of its row in a block, and would tell equal keys apart.
+    """
+    first: dict[bytes, int] = {}
+    rows = (first.setdefault(key_P.tobytes(), row) for row, key_P in enumerate(keys_MP))
+    return np.fromiter(rows, np.int64, len(keys_MP))

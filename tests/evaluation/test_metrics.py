@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from kblam_ray.evaluation.metrics import (
     token_f1,
 )
 from kblam_ray.evaluation.questions import Asked
-from kblam_ray.evaluation.statements import ValueIndex
+from kblam_ray.evaluation.statements import ValueIndex, words
 from kblam_ray.facts.fact import Fact
 from kblam_ray.facts.questions import QuestionMaker
 from kblam_ray.facts.synthetic.generator import SyntheticFacts
@@ -92,6 +93,33 @@ def test_values_stand_in_the_order_asked_for():
     assert not exact_match("Lima Paris", ["Lima", "Paris"])
 
 
+def test_several_values_of_one_fact_stand_in_any_order():
+    given = {"given": "What are the languages of Canada, and of Peru?"}
+    values = ["English", "French", "Spanish"]
+    asked = given | {"num_values": (2, 1)}
+    assert exact_match("English and French; Spanish.", values, **asked)
+    assert exact_match("French and English; Spanish.", values, **asked)
+    assert not exact_match("Spanish; English and French.", values, **asked)
+    assert not exact_match("French; Spanish.", values, **asked)
+    assert not exact_match("French and English; Spanish.", values, **given)
+    # One of them stands within the other.
+    assert exact_match("Old English, English", ["English", "Old English"], **given, num_values=(2,))
+    assert not exact_match("Old English", ["English", "Old English"], **given, num_values=(2,))
+
+
+def test_questions_about_many_valued_facts_say_whose_the_values_are():
+    facts = [Fact("Canada", "language", name) for name in ("English", "French")]
+    facts += [Fact("Peru", "language", name) for name in ("Quechua", "Spanish")] + [Fact("Peru", "capital", "Lima")]
+    maker = QuestionMaker(facts, 0)
+    questions = [Asked.of(maker.make("two_entity", number)) for number in range(20)]
+    assert {one.num_values for one in questions} == {(2, 2), (2, 1), (1, 2)}
+    for one in questions:
+        first = one.num_values[0]
+        text = " and ".join([*one.values[:first][::-1], *one.values[first:][::-1]])
+        assert exact_match(text, one.values, given=one.given, names=one.names, num_values=one.num_values)
+    assert Asked.of(maker.make("unanswerable", 0)).num_values == ()
+
+
 def test_a_value_in_the_name_asked_for_is_not_stated():
     asked = {"given": "What is the colour of Blue House?", "names": ["Blue House", "colour"]}
     assert exact_match("The colour of Blue House is Blue.", ["Blue"], **asked)
@@ -138,10 +166,49 @@ def test_numbers_marks_and_line_breaks(value, text, is_exact):
         ("한국의 수도는 무엇인가요?", "서울", "한국의 수도는 서울역입니다.", False),
         ("भारत की राजधानी क्या है?", "दिल्ली", "भारत की राजधानी दिल्ली है।", True),
         ("भारत की राजधानी क्या है?", "दिल्", "भारत की राजधानी दिल्ली है।", False),
+        ("ما عاصمة مصر؟", "القاهرة", "عاصمة مصر هي القاهرة.", True),
+        ("ما عاصمة مصر؟", "القاهرة", "عاصمة مصر هي القاهرة الجديدة.", False),
+        ("Какая столица России?", "Москва", "Столица России — это Москва.", True),
+        ("מהי בירת ישראל?", "ירושלים", "בירת ישראל היא ירושלים.", True),
     ],
 )
 def test_other_scripts(given, value, text, is_exact):
     assert exact_match(text, [value], given=given) is is_exact
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "text"),
+    [
+        ("Maldives: capital?", "Malé", "The capital of Maldives is Malé."),
+        ("¿Cuál es la capital de Perú?", "Lima", "La capital de Perú es Lima."),
+        ("한국의 수도는?", "서울", "서울입니다."),
+        ("भारत का ज़िला?", "पेड़ा", "पेड़ा है।"),
+    ],
+)
+def test_a_letter_is_the_same_however_unicode_has_it(given, value, text):
+    for made in ("NFC", "NFD"):
+        for other in ("NFC", "NFD"):
+            there, wanted = unicodedata.normalize(made, text), unicodedata.normalize(other, value)
+            assert exact_match(there, [wanted], given=given)
+            assert token_f1(wanted, unicodedata.normalize(made, value)) == (1.0, 1.0, 1.0)
+
+
+def test_other_values_are_found_by_their_words():
+    index = ValueIndex(["Lima", "lima", "Lima Sur", "New  York", "부산", "서울 강남", "the", ".pe", "東京"])
+    found = {
+        "It is Lima Sur.": {"Lima", "lima", "Lima Sur"},
+        "new york": {"New York"},
+        "부산입니다": {"부산"},
+        "서울 강남과 부산": {"서울 강남", "부산"},
+        "서울": set(),
+        "x.pe": {".pe"},
+        "首都は東京です": {"東京"},
+        "": set(),
+    }
+    assert {text: index.possible_in(words(text)) for text in found} == found
+    asked = {"given": "한국의 수도는?", "others": ["부산", "서울"]}
+    assert exact_match("서울입니다", ["서울"], **asked)
+    assert not exact_match("서울과 부산입니다", ["서울"], **asked)
 
 
 def test_what_a_question_maker_answers_is_exact():

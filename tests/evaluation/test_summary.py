@@ -58,6 +58,16 @@ def test_answers_and_refusals():
     assert found["refusal"]["simple"]["precision"]["value"] == 0.5
 
 
+def test_refusals_where_no_question_has_an_answer():
+    """And none where all have one: nothing there should be refused."""
+    none, some = QUESTIONS[8:], QUESTIONS[:8]
+    refused = [Outcome(refused=True, statistic=0.1), Outcome(refused=False, statistic=0.2)]
+    found = result(System("attention", False), none, refused)
+    assert values(found["refusal"]["all"]) == {"precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3, abs=1e-4)}
+    assert "calibration" not in found
+    assert "refusal" not in result(System("attention", False), some, refused * 4)
+
+
 def test_citations():
     outcomes = [
         judged(question, ValueIndex([]), "", refused=None, cited=cited)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kblam_ray.evaluation.questions import Asked
+from kblam_ray.evaluation.task import first_alike
 from kblam_ray.model.prior import BLOCK_ROWS, QuestionPrior
 from kblam_ray.table.embedded import EmbeddedFacts
 
@@ -27,9 +28,7 @@ class KeySearch:
 
     def __init__(self, prior: QuestionPrior, facts: EmbeddedFacts, device: torch.device | str = "cpu") -> None:
         self._prior, self._facts, self._device = prior, facts, torch.device(device)
-        first: dict[bytes, int] = {}
-        rows = (first.setdefault(key_P.tobytes(), row) for row, key_P in enumerate(facts.keys_MP))
-        self._first_M = np.fromiter(rows, np.int64, len(facts))
+        self._first_M = first_alike(facts.keys_MP)
 
     def scores(self, questions: Sequence[Asked]) -> np.ndarray:
         """The cosine of each question and each fact's key, float32 [B, M]; 0 for a key that is zero.
@@ -50,7 +49,6 @@ class KeySearch:
             norms_m = torch.linalg.vector_norm(keys_mP, dim=1)
             cosines_Bm = torch.where(norms_m > 0, questions_BP @ keys_mP.T / norms_m, 0.0)
             cosines_BM[:, start : start + block] = cosines_Bm.cpu().numpy()
-        # A product's last bits hang on the place of its row in a block, and would tell equal keys apart.
         return np.take(cosines_BM, self._first_M, axis=1)
 
 

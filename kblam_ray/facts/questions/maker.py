@@ -52,6 +52,7 @@ class Question:
         asked: the (entity, property) pairs meant, as they stand, or would stand, in the table.
         context: the turns before `text`, the user's and the assistant's in turn; only a follow-up has any.
         reason: why there is no answer; only an unanswerable question has one.
+        num_values: how many of the values each pair of `asked` has; none for an unanswerable question.
     """
 
     kind: QuestionKind
@@ -62,6 +63,7 @@ class Question:
     asked: tuple[tuple[str, str], ...]
     context: tuple[str, ...] = field(default=())
     reason: Reason | None = None
+    num_values: tuple[int, ...] = ()
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -280,7 +282,8 @@ class QuestionMaker:
         )
         numbers = tuple(number for group in groups for number in group)
         values = tuple(self._facts[number].value for number in numbers)
-        return Question(kind, text, answer, numbers, values, tuple(pairs), context)
+        num_values = tuple(map(len, groups))
+        return Question(kind, text, answer, numbers, values, tuple(pairs), context, num_values=num_values)
 
 
 def _reworded(entity: str, property: str, draws: Draws) -> str:
