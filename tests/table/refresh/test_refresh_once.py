@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from refresh_samples import contents, lines, once, put, settings, watcher
 
 from kblam_ray import KnowledgeBase
-from kblam_ray.errors import BadRowError, EncoderMismatchError, InputError, StorageError
+from kblam_ray.errors import BadRowError, EncoderMismatchError, InputError, RayStartError, StorageError
 from kblam_ray.table.commits import read_commits
 from kblam_ray.table.refresh import history as history_module
+from kblam_ray.table.refresh import run as run_module
 from kblam_ray.table.refresh import taking
 from kblam_ray.table.refresh.history import History
 from kblam_ray.table.refresh.ledger import METADATA_KEY, Verdict
@@ -331,6 +332,19 @@ def test_a_store_that_is_away_fails_once_and_nothing_is_lost(kb, folder, monkeyp
         with pytest.raises(StorageError, match="away"):
             once(kb, folder)
     assert once(kb, folder)["added"] == 1
+
+
+def test_workers_that_fail_are_said_in_our_words(kb, folder, monkeypatch):
+    from ray.exceptions import RayError
+
+    def fail(*_, **__):
+        raise RayError("an actor died\nand so on")
+
+    put(folder / "a.jsonl", ("a", "p", "1"))
+    monkeypatch.setattr(run_module, "take_up_backlog", fail)
+    monkeypatch.setattr(run_module, "_leave_ray", lambda: None)
+    with pytest.raises(RayStartError, match="the workers failed: an actor died "):
+        once(kb, folder, small_texts=0)
 
 
 def test_the_history_of_a_table_that_was_made_anew(kb, folder, tmp_path):

@@ -19,19 +19,32 @@ from kblam_ray.table.live import find_winners
 class Edits:
     """Files whose facts change, some facts stated by two files; what the table must hold in the end."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random, self.number = folder, random.Random(seed), 0
-        self.expected: dict[tuple[str, str], str] = {}
+    def __init__(self, folder: Path, seed: int, mode: str = "upsert") -> None:
+        self.folder, self.random, self.number, self.mode = folder, random.Random(seed), 0, mode
+        self.ever: dict[tuple[str, str], str] = {}
+        self.files: dict[int, dict[tuple[str, str], str]] = {}
+
+    @property
+    def expected(self) -> dict[tuple[str, str], str]:
+        if self.mode == "upsert":
+            return self.ever
+        return {name: value for rows in self.files.values() for name, value in rows.items()}
 
     def make(self) -> None:
         self.number += 1
         name = self.random.randrange(6)
+        if self.mode == "sync" and name in self.files and len(self.files) > 2 and self.random.random() < 0.4:
+            del self.files[name]
+            (self.folder / f"{name}.jsonl").unlink()
+            return
         rows = [(f"own {name}", f"p{i}", f"{self.number}") for i in range(3)]
         rows += [(f"shared {name // 2}", "p", f"{self.number}")]
         put(self.folder / f"{name}.jsonl", *rows)
         # Files of one fact are told apart by their times, which a coarse clock may make equal.
         os.utime(self.folder / f"{name}.jsonl", ns=(self.number * 10**9 + 10**18,) * 2)
-        self.expected.update({(entity, name): value for entity, name, value in rows})
+        self.files.pop(name, None)  # the one modified last comes last
+        self.files[name] = {(entity, name): value for entity, name, value in rows}
+        self.ever.update(self.files[name])
 
 
 def others_write(uri: str, writer: str, stop: threading.Event, written: dict) -> None:
@@ -47,16 +60,15 @@ def compact_now_and_then(uri: str, stop: threading.Event) -> None:
         KnowledgeBase.open(uri).compact()
 
 
-def run_all_at_once(tmp_path: Path, seed: int, num_edits: int, num_kills: int) -> None:
-    kb, edits = str(tmp_path / "kb"), Edits(tmp_path / "in", seed)
+def run_all_at_once(tmp_path: Path, seed: int, num_edits: int, num_kills: int, mode: str = "upsert") -> None:
+    kb, edits = str(tmp_path / "kb"), Edits(tmp_path / "in", seed, mode)
     edits.make()
-    once(kb, edits.folder)
+    once(kb, edits.folder, mode=mode)
     stop, by_hand = threading.Event(), {}
-    beside = [
-        threading.Thread(target=others_write, args=(kb, "by hand", stop, by_hand)),
-        threading.Thread(target=compact_now_and_then, args=(kb, stop)),
-    ]
-    jobs = [Job(kb, edits.folder, compact_files=3) for _ in range(2)]
+    beside = [threading.Thread(target=compact_now_and_then, args=(kb, stop))]
+    if mode == "upsert":
+        beside.append(threading.Thread(target=others_write, args=(kb, "by hand", stop, by_hand)))
+    jobs = [Job(kb, edits.folder, compact_files=3, mode=mode) for _ in range(2)]
     for thread in beside:
         thread.start()
     try:
@@ -67,7 +79,7 @@ def run_all_at_once(tmp_path: Path, seed: int, num_edits: int, num_kills: int) -
             if number in kills:
                 which = edits.random.randrange(2)
                 jobs[which].kill()
-                jobs[which] = Job(kb, edits.folder, compact_files=3)
+                jobs[which] = Job(kb, edits.folder, compact_files=3, mode=mode)
         stop.set()
         for thread in beside:
             thread.join()
@@ -76,11 +88,12 @@ def run_all_at_once(tmp_path: Path, seed: int, num_edits: int, num_kills: int) -
         stop.set()
         summaries = [job.stop() for job in jobs]
     assert [summary["ok"] for summary in summaries] == [True, True], summaries
-    once(kb, edits.folder)
+    once(kb, edits.folder, mode=mode)
     assert contents(kb) == {**edits.expected, **by_hand}
     KnowledgeBase.open(kb).compact()
-    assert find_winners(kb).rows_of_file.tolist() == [len(contents(kb))]
-    assert once(kb, edits.folder)["files_read"] == 0
+    if mode == "upsert":  # rows of deletes stay for a while
+        assert find_winners(kb).rows_of_file.tolist() == [len(contents(kb))]
+    assert once(kb, edits.folder, mode=mode)["files_read"] == 0
 
 
 def test_two_refreshes_a_writer_and_a_compaction_at_once(tmp_path):
@@ -89,9 +102,10 @@ def test_two_refreshes_a_writer_and_a_compaction_at_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["upsert", "sync"])
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_two_refreshes_killed_at_random_moments(tmp_path, seed):
-    run_all_at_once(tmp_path, seed=seed, num_edits=60, num_kills=8)
+def test_two_refreshes_killed_at_random_moments(tmp_path, seed, mode):
+    run_all_at_once(tmp_path, seed=seed, num_edits=60, num_kills=8, mode=mode)
 
 
 @pytest.mark.slow
