@@ -16,6 +16,7 @@ from kblam_ray.facts.questions import QuestionMaker
 from kblam_ray.model.embedded_memory import memory_of
 from kblam_ray.model.knowledge_model import KnowledgeModel
 from kblam_ray.model.refusal import statistic
+from kblam_ray.training.closed_form import calibrate as calibrate_module
 from kblam_ray.training.closed_form.calibrate import calibrate, calibration
 from kblam_ray.training.closed_form.logistic import (
     best_threshold,
@@ -70,6 +71,41 @@ def test_calibration_takes_the_prior_where_attention_finds_nothing():
     changed = before.changed(**settings)
     assert 0 <= statistic(changed, dict.fromkeys(settings["refusal_weights"], 0.0)) <= 1
     assert found.report["refusal_f1"].keys() == {30, 100}
+
+
+def test_a_prior_that_unsettles_the_layers_above_it_gives_way_to_a_weaker_one(monkeypatch):
+    knowing = model("shared")
+    asked = []
+
+    def num_found(table, model, layers):
+        config = model.adapter.config
+        asked.append(strength := config.question_prior + config.prior_lexical)
+        return len(table.answerable) if strength <= bearable else -1
+
+    monkeypatch.setattr(calibrate_module._Table, "num_found", num_found)
+    for bearable in (100, 20, 5, 0):
+        asked.clear()
+        found = calibrate(knowing, facts(), SMALL.model_copy(update={"use_refusal": False}))
+        assert found["question_prior"] + found["prior_lexical"] <= bearable
+        assert asked[0] == 43 or bearable < 100
+        assert sorted(asked, reverse=True) == asked
+    assert (found["question_prior"], found["prior_lexical"]) == (0, 0)
+
+
+def test_questions_are_asked_again_with_the_prior_in_every_layer():
+    knowing = model("shared")
+    table = next(calibrate_module._tables(knowing, facts(), 30, SMALL))
+    layers = knowing.adapter.config.layers
+    with calibrate_module._configured(knowing, question_prior=40.0):
+        one_by_one = 0
+        for question in table.answerable:
+            request = knowing.prepare(table.memory, question.messages)
+            prompt = torch.tensor([knowing.chat.render(question.messages)])
+            scores_M = retrieval_scores(knowing.attachment, prompt, request, layers=layers).numpy()
+            least = min(scores_M[list(question.facts)])
+            one_by_one += int((scores_M >= least).sum() <= len(question.facts))
+        assert table.num_found(knowing, layers) == one_by_one > 0
+    assert table.num_found(knowing, layers) < one_by_one
 
 
 def test_without_a_prior_no_encoder_is_needed():

@@ -18,6 +18,8 @@ import torch
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import AdapterError, InputError
+from kblam_ray.evaluation.metrics import retrieval_ranks
+from kblam_ray.evaluation.retrieval import evidence_of
 from kblam_ray.facts.questions import Question, QuestionMaker
 from kblam_ray.model.embedded_memory import memory_of
 from kblam_ray.model.knowledge_model import KnowledgeModel
@@ -26,7 +28,7 @@ from kblam_ray.model.refusal import evidence
 from kblam_ray.table.embedded import EmbeddedFacts
 from kblam_ray.training.closed_form.collect import shares_of
 from kblam_ray.training.closed_form.logistic import fit_refusal
-from kblam_ray.training.closed_form.prior_search import CONTEXTS, PriorScores, PriorSearch
+from kblam_ray.training.closed_form.prior_search import ALONE, CONTEXTS, TOLERANCE, PriorScores, PriorSearch, Setting
 from kblam_ray.training.closed_form.prompt_logits import prompt_logits
 from kblam_ray.training.closed_form.settings import CALIBRATION_MIX, CalibrationSettings
 
@@ -109,12 +111,12 @@ def calibration(
                     num_scored += 1
             say(f"{size} facts: {num_scored} questions scored")
     layers = search.best_layers()
-    beta, gamma, context = search.best_prior(layers)
     found: dict[str, Any] = {"retrieval_layers": list(layers)}
-    report: dict[str, Any] = {"attention_alone": _figures(search, layers, (0.0, 0.0, "last"))}
+    report: dict[str, Any] = {"attention_alone": _figures(search, layers, ALONE)}
     if settings.use_prior:
+        beta, gamma, context = prior = _prior_that_holds(model, searched, search, layers, say)
         found |= {"question_prior": beta, "prior_lexical": gamma, "prior_context": context}
-        report["with_prior"] = _figures(search, layers, (beta, gamma, context))
+        report["with_prior"] = _figures(search, layers, prior)
         found["selection_log_m"] = _selection_log_m(model, tables[-1], found)
     if settings.use_refusal:
         examples, has_answer, groups = [], [], []
@@ -131,7 +133,32 @@ def calibration(
     return Calibration(found, report)
 
 
-def _figures(search: PriorSearch, layers: tuple[int, ...], setting: tuple) -> dict[int, dict[str, float]]:
+def _prior_that_holds(
+    model: KnowledgeModel, tables: Sequence[_Table], search: PriorSearch, layers: tuple[int, ...], say: Progress
+) -> Setting:
+    """The best prior that finds as much with itself in every KB layer as attention alone does.
+
+    The search adds a prior to the logits of each layer as they are without one. Where lower layers attend to facts, a
+    prior changes what they hand on, and a strong one may make upper layers lose what they found.
+    """
+    promised = {size: found for size, (found, _) in search.figures(layers, ALONE).items()}
+    least = sum(promised.values()) / len(promised) - TOLERANCE
+    prior = search.best_prior(layers)
+    while prior[0] or prior[1]:
+        shares: dict[int, list[tuple[int, int]]] = {}
+        with _configured(model, question_prior=prior[0], prior_lexical=prior[1], prior_context=prior[2]):
+            for table in tables:
+                counted = table.num_found(model, layers), len(table.answerable)
+                shares.setdefault(len(table.facts), []).append(counted)
+        found = [sum(part[0] for part in some) / max(1, sum(part[1] for part in some)) for some in shares.values()]
+        if sum(found) / len(found) >= least:
+            return prior
+        say(f"a prior of beta {prior[0]:g}, gamma {prior[1]:g} unsettles the layers above it: trying weaker ones")
+        prior = search.best_prior(layers, (prior[0] + prior[1]) / 2)
+    return prior
+
+
+def _figures(search: PriorSearch, layers: tuple[int, ...], setting: Setting) -> dict[int, dict[str, float]]:
     return {
         size: {"top_1": round(found, 4), "cross_entropy": round(cross_entropy, 4)}
         for size, (found, cross_entropy) in search.figures(layers, setting).items()
@@ -214,6 +241,20 @@ class _Table:
                 )
             for row, (question, _) in enumerate(batch):
                 yield question, {layer: logits_BAM[row] for layer, logits_BAM in found.items()}
+
+    def num_found(self, model: KnowledgeModel, layers: Sequence[int]) -> int:
+        """Answerable questions whose facts all come first, with the adapter's settings as they are."""
+        num_found = 0
+        for start in range(0, len(self.answerable), PROMPTS_PER_BATCH):
+            batch = self.answerable[start : start + PROMPTS_PER_BATCH]
+            prompts = [model.chat.render(question.messages) for question in batch]
+            memories = [model.prepare(self.memory, question.messages) or self.memory for question in batch]
+            for question, one in zip(
+                batch, evidence_of(model.attachment, prompts, memories, layers=layers), strict=True
+            ):
+                ranks = retrieval_ranks(one.scores_M.cpu().numpy(), question.facts)
+                num_found += max(ranks) <= len(ranks)
+        return num_found
 
     def prior_scores(self, model: KnowledgeModel, question: Question) -> PriorScores:
         messages = question.messages

@@ -4,7 +4,7 @@ Shape legend: A rows of scores, M facts, G settings tried at once.
 
 The logits of a question at the last prompt token, its cosines and the entities that it names are computed once; every
 prior is then added to the logits, which is what the attention does. (A prior also changes what KB layers below hand
-on; that is left out.)
+on; that is left out, and the calibration asks again with the prior that was found.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ import torch
 from kblam_ray.training.closed_form.settings import CalibrationSettings
 
 CONTEXTS = ("last", "last_two")
+Setting = tuple[float, float, str]
+"""beta, gamma, and the context that the prior reads."""
+
+ALONE: Setting = (0.0, 0.0, CONTEXTS[0])
+"""Attention without a prior."""
+
 TOLERANCE = 0.005
 """Shares of questions found that differ by less are taken as equal, and the cross-entropy decides."""
 
@@ -72,7 +78,7 @@ class PriorSearch:
             wanted: places of the facts that answer it.
             prior: None: attention alone is looked at.
         """
-        plans: list[tuple[tuple, torch.Tensor | None]] = [((0.0, 0.0, "last"), None)]
+        plans: list[tuple[Setting, torch.Tensor | None]] = [(ALONE, None)]
         if prior is not None:
             for context in CONTEXTS:
                 for gamma in self.settings.gammas:
@@ -105,7 +111,7 @@ class PriorSearch:
                     tally.cross_entropy += cross_entropy
                     tally.num += 1
 
-    def figures(self, layers: tuple[int, ...], setting: tuple) -> dict[int, tuple[float, float]]:
+    def figures(self, layers: tuple[int, ...], setting: Setting) -> dict[int, tuple[float, float]]:
         """By size: the share of questions whose facts are first, and the mean cross-entropy."""
         return {
             size: (tally.found / tally.num, tally.cross_entropy / tally.num)
@@ -114,12 +120,17 @@ class PriorSearch:
 
     def best_layers(self) -> tuple[int, ...]:
         """The retrieval layers with which attention alone does best."""
-        alone = (0.0, 0.0, "last")
-        return self._best([(layers, alone) for layers in self.layer_choices])[0]
+        return self._best([(layers, ALONE) for layers in self.layer_choices])[0]
 
-    def best_prior(self, layers: tuple[int, ...]) -> tuple[float, float, str]:
-        """beta, gamma and the context that do best with these retrieval layers."""
-        return self._best([key for key in self._tallies if key[0] == layers])[1]
+    def best_prior(self, layers: tuple[int, ...], at_most: float = float("inf")) -> Setting:
+        """beta, gamma and the context that do best with these retrieval layers.
+
+        Args:
+            at_most: of beta and gamma together.
+        """
+        keys = [key for key in self._tallies if key[0] == layers and key[1][0] + key[1][1] <= at_most]
+        setting: Setting = self._best(keys)[1]
+        return setting
 
     def _best(self, keys: Sequence[tuple]) -> tuple:
         """The key that finds most, mean over the sizes; of about equal ones that with the least cross-entropy."""
