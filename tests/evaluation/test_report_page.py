@@ -246,6 +246,25 @@ def test_written_to_a_folder_and_to_a_store(report: Report, tmp_path, s3_uri):
     assert page.decode() == report.html
 
 
+def test_a_process_that_ends_while_it_writes_leaves_the_page_that_was_there(report: Report, tmp_path, monkeypatch):
+    """Each file takes its name when it is whole, the page after its plots."""
+    (tmp_path / "report.html").write_text("earlier")
+    replace, replaced = os.replace, []
+
+    def ending(new, place):
+        if len(replaced) == len(report.plots) + 1:
+            raise KeyboardInterrupt
+        replaced.append(place)
+        replace(new, place)
+
+    monkeypatch.setattr(os, "replace", ending)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(str(tmp_path), report)
+    assert (tmp_path / "report.html").read_text() == "earlier"
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == report.markdown
+    assert not list(tmp_path.rglob(".kblam-*"))
+
+
 def test_a_report_that_cannot_be_written_says_so(report: Report, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from kblam_ray.evaluation.report.make import PLOTS, Report
-from kblam_ray.storage import filesystem, join, normalize, storage_errors
+from kblam_ray.facts.writing import new_file
+from kblam_ray.storage import join, normalize
 
 
 def write_report(output: str, report: Report) -> list[str]:
-    """Write `report.html`, `report.md` and `plots/*.png`.
+    """Write `report.html`, `report.md` and `plots/*.png`: each whole or not at all, the page last.
 
     Args:
         output: a folder: a local path or `s3://bucket/prefix`; made where it is not there.
@@ -21,10 +22,7 @@ def write_report(output: str, report: Report) -> list[str]:
     files = {"report.html": report.html.encode("utf-8"), "report.md": report.markdown.encode("utf-8")}
     files |= {f"{PLOTS}/{name}": content for name, content in report.plots.items()}
     place = normalize(output)
-    with storage_errors(place):
-        store, path = filesystem(place, is_small=True)
-        store.create_dir(join(path, PLOTS) if report.plots else path, recursive=True)
-        for name, content in files.items():
-            with store.open_output_stream(join(path, name)) as stream:
-                stream.write(content)
+    for name in reversed(files):
+        with new_file(join(place, name)) as file:
+            file.write(files[name])
     return list(files)
