@@ -37,14 +37,19 @@ class Estimate:
     count: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        """`value, low, high, count`, to four places, or to three digits where that is more."""
-        rounded = (None if number is None else _rounded(number) for number in (self.value, self.low, self.high))
+        """`value, low, high, count`, to four places, or to three digits where that is more.
+
+        What is infinite, as the perplexity of a model that is broken may be, is None: JSON has no word for it.
+        """
+        rounded = (_rounded(number) for number in (self.value, self.low, self.high))
         return dict(zip(("value", "low", "high"), rounded, strict=True)) | {"count": self.count}
 
 
-def _rounded(number: float) -> float:
+def _rounded(number: float | None) -> float | None:
+    if number is None or not math.isfinite(number):
+        return None
     # Of seconds and divergences four places may be nothing but noughts.
-    magnitude = math.floor(math.log10(abs(number))) if number and math.isfinite(number) else 0
+    magnitude = math.floor(math.log10(abs(number))) if number else 0
     return round(number, max(4, 2 - magnitude))
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kblam_ray.evaluation.intervals import bootstrap, mean, wilson
+from kblam_ray.evaluation.intervals import Estimate, bootstrap, mean, wilson
 
 
 def test_wilson_against_published_figures():
@@ -49,3 +49,9 @@ def test_resamples_with_nothing_to_measure_are_left_out():
 
 def test_numbers_come_as_json():
     assert wilson(1, 3).to_json() == {"value": 0.3333, "low": 0.0615, "high": 0.7923, "count": 3}
+
+
+def test_what_is_infinite_has_no_word_in_json():
+    found = Estimate(math.inf, math.nan, math.inf, 3).to_json()
+    assert found == {"value": None, "low": None, "high": None, "count": 3}
+    assert Estimate(-1e-6, 0.0, 12345.678, 3).to_json() == {"value": -1e-6, "low": 0.0, "high": 12345.678, "count": 3}
