@@ -62,6 +62,7 @@ class Watch:
         self.listing_s = 0.0
         self._listed_at: float | None = None
         self._messages: list[Message] = []
+        self._unfollowed: list[Message] = []
         self._event_us: dict[str, tuple[str, int]] = {}
         self._refusals: dict[str, _Refusal] = {}
 
@@ -80,21 +81,23 @@ class Watch:
             self._listed_at, self.listing_s = now, time.monotonic() - now
             self._refusals = {uri: refusal for uri, refusal in self._refusals.items() if uri in self.files}
         if self._events is not None:
-            self._messages += self._events.receive_all() if receive else self._events.take()
+            self._unfollowed += self._events.receive_all() if receive else self._events.take()
             self._follow_events()
 
     def _follow_events(self) -> None:
         """An event says that an object changed, perhaps long ago; what it is now, the store says."""
-        for uri in {event.uri for message in self._messages for event in message.events}:
+        for uri in {event.uri for message in self._unfollowed for event in message.events}:
             found = self._sources.look_at(uri)
             if found is None:
                 self.files.pop(uri, None)
             else:
                 self.files[uri] = found
-        for message in self._messages:
+        for message in self._unfollowed:
             for event in message.events:
                 if event.at_us is not None and event.etag is not None:
                     self._event_us[event.uri] = (event.etag, event.at_us)
+        self._messages += self._unfollowed
+        self._unfollowed = []
 
     def modified_us(self, file: SourceFile) -> int:
         """When the file came to be as it is: as its event says, to the millisecond, else as the store says."""
