@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from sweep_samples import make_parts, swept
 
+from kblam_ray.evaluation.cost import measure_cost
+from kblam_ray.evaluation.interference import measure_interference
 from kblam_ray.evaluation.report import Section, make_report, sweep_markdown
 from kblam_ray.evaluation.report.charts import charts_of
+from kblam_ray.evaluation.sweep import unit as units
 
 
-def test_a_sweep_that_measured_everything(tmp_path):
+def test_a_sweep_that_measured_everything(tmp_path, monkeypatch):
+    # Fewer texts and rounds than a real one has: charts have the same form.
+    texts = ["A quiet day.", "Good night!"]
+    monkeypatch.setattr(units, "measure_interference", partial(measure_interference, texts=texts))
+    monkeypatch.setattr(units, "measure_cost", partial(measure_cost, new_tokens=2, rounds=2))
     parts = make_parts(tmp_path)
     found = swept(
         parts,

@@ -14,11 +14,13 @@ from kblam_ray.errors import BadRowError, EncoderMismatchError, InputError
 from kblam_ray.evaluation import sources
 from kblam_ray.evaluation.settings import EvaluateSettings
 from kblam_ray.evaluation.sources import Source, default_name, make_table, named, sources_of
+from kblam_ray.facts import expand_inputs, read_facts
 from kblam_ray.facts.fact import Fact
 from kblam_ray.facts.synthetic.generator import SyntheticFacts
 from kblam_ray.facts.writing import write_facts
 from kblam_ray.table import KnowledgeBase
 from kblam_ray.table.embedded import EmbeddedFacts
+from kblam_ray.table.pipeline import run as pipeline
 
 HASHING = EncoderRef.of(ENCODER.spec)
 CITIES = [Fact("Lima", "country", "Peru"), Fact("Lima", "population", "10 million"), Fact("Ur", "country", "Iraq")]
@@ -150,12 +152,24 @@ def test_on_a_running_ray_its_workers_embed(tmp_path, ray_session):
     kb = make_table(Source("cities", "input", str(tmp_path / "cities.csv")), HASHING, str(tmp_path / "tables"))
     assert set(EmbeddedFacts.of(kb).facts) == {*CITIES, *rows}
     assert kb.info.identity == "entity,property,value"
-    made = make_table(Source("synthetic", "synthetic", num_facts=40, seed=2), HASHING, str(tmp_path / "tables"))
-    assert set(EmbeddedFacts.of(made).facts) == set(SyntheticFacts(2).facts(0, 40))
     with pytest.raises(EncoderMismatchError):
         make_table(
             Source("s", "synthetic", num_facts=5), HASHING.model_copy(update={"revision": "0" * 32}), str(tmp_path)
         )
+
+
+def test_synthetic_facts_reach_the_workers_in_a_file(tmp_path, monkeypatch):
+    handed = []
+
+    def embed(settings):
+        handed.extend(row.fact for file in expand_inputs(settings.input) for row in read_facts(file))
+        KnowledgeBase.create(settings.kb, settings.encoder, identity=settings.identity).upsert(handed)
+
+    monkeypatch.setattr(sources, "_ray_runs", lambda: True)
+    monkeypatch.setattr(pipeline, "embed", embed)
+    kb = make_table(Source("synthetic", "synthetic", num_facts=40, seed=2), HASHING, str(tmp_path / "tables"))
+    assert handed == list(SyntheticFacts(2).facts(0, 40))
+    assert set(EmbeddedFacts.of(kb).facts) == set(handed)
 
 
 def test_what_cannot_be_a_table(tmp_path):

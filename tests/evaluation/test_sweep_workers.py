@@ -45,8 +45,8 @@ def test_a_worker_that_dies_is_replaced(parts, here, tmp_path, monkeypatch):
     marks.mkdir()
     monkeypatch.setattr(workers, "_do", dying_once(marks))
     found = swept(parts, tmp_path / "out", num_workers=2, **GIVEN)
-    assert len(list(marks.iterdir())) == 3
-    assert str(os.getpid()) not in {mark.read_text() for mark in marks.iterdir()}
+    (mark,) = marks.iterdir()
+    assert mark.read_text() != str(os.getpid())
     assert figures(found) == figures(here)
     assert found.rows == here.rows
 
@@ -77,13 +77,16 @@ def test_gpus_that_are_not_there(parts, tmp_path):
 
 
 def dying_once(marks):
-    """In place of doing a unit: the process ends after each that comes for the first time."""
+    """In place of doing a unit: the process ends when the one in the middle is done for the first time.
+
+    Each new process takes seconds to load what it needs: one death is enough.
+    """
     do = workers._do
 
     def dying(unit):
         found = do(unit)
         mark = marks / unit.key
-        if not mark.exists():
+        if unit.told["num_facts"] == [5] and not mark.exists():
             mark.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
         return found
