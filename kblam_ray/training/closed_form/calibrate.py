@@ -114,9 +114,9 @@ def calibration(
     found: dict[str, Any] = {"retrieval_layers": list(layers)}
     report: dict[str, Any] = {"attention_alone": _figures(search, layers, ALONE)}
     if settings.use_prior:
-        beta, gamma, context = prior = _prior_that_holds(model, searched, search, layers, say)
-        found |= {"question_prior": beta, "prior_lexical": gamma, "prior_context": context}
-        report["with_prior"] = _figures(search, layers, prior)
+        setting = _prior_that_holds(model, searched, search, layers, say)
+        found |= dict(zip(("question_prior", "prior_lexical", "prior_context"), setting, strict=True))
+        report["with_prior"] = _figures(search, layers, setting)
         found["selection_log_m"] = _selection_log_m(model, tables[-1], found)
     if settings.use_refusal:
         examples, has_answer, groups = [], [], []
