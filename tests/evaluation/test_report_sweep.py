@@ -19,6 +19,8 @@ def test_a_sweep_that_measured_everything(tmp_path, monkeypatch):
     texts = ["A quiet day.", "Good night!"]
     monkeypatch.setattr(units, "measure_interference", partial(measure_interference, texts=texts))
     monkeypatch.setattr(units, "measure_cost", partial(measure_cost, new_tokens=2, rounds=2))
+    # The same drawing as in the page, which takes seconds; files of it have tests of their own.
+    monkeypatch.setattr("kblam_ray.evaluation.report.make.chart_png", lambda chart: b"png")
     parts = make_parts(tmp_path)
     found = swept(
         parts,

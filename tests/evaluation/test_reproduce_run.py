@@ -244,6 +244,7 @@ def test_a_command_that_cannot_be_done_is_refused_before_anything_is_made(shippe
     paths = [mine, suite(tmp_path / "other")]
     with pytest.raises(InputError, match="two suites of the name mine"):
         reproduced({"suite": paths, "output": str(output)}, shipped)
+    (tmp_path / "bad.csv").write_text("entity,property,value\nLima,country\n")
     facts = tmp_path / "facts.csv"
     write_facts((Fact(*fact) for fact in FACTS), str(facts))
     for given, told in (
@@ -251,7 +252,11 @@ def test_a_command_that_cannot_be_done_is_refused_before_anything_is_made(shippe
         (["x=a.csv", "x=b.csv"], "two of the name 'x'"),
         ([f"places={facts}"], "of the name 'places'"),
         ([f"synthetic={facts}"], "of the name 'synthetic'"),
+        ([str(tmp_path / "bad.csv")], r"bad\.csv: line 2"),
     ):
         with pytest.raises(InputError, match=told):
             reproduced({"suite": [mine], "output": str(output), "input": given}, shipped)
+    chosen = {"suite": [mine], "output": str(output), "experiment": ["retrieval"]}
+    with pytest.raises(InputError, match="no experiment chosen asks facts of one's own"):
+        reproduced({**chosen, "input": [f"own={facts}"]}, shipped)
     assert not output.exists()

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,9 @@ from kblam_ray.evaluation.reproduce.experiments import Suite, read_suite
 from kblam_ray.evaluation.reproduce.prepare import Fit, MakeFacts, Preparation, given_adapters
 from kblam_ray.evaluation.reproduce.published import NOT_RUN, published_table
 from kblam_ray.evaluation.reproduce.settings import ReproduceSettings, ScaleName
-from kblam_ray.evaluation.sources import SYNTHETIC, named
+from kblam_ray.evaluation.sources import SYNTHETIC, Source, named, read_input
 from kblam_ray.evaluation.sweep.environment import environment
 from kblam_ray.evaluation.sweep.run import ROWS_SCHEMA, SweepResult, sweep
-from kblam_ray.facts import expand_inputs
 from kblam_ray.model.base_model import read_base_config
 from kblam_ray.storage import normalize
 
@@ -104,10 +103,10 @@ def run(
         _check(one, settings, check_fit)
     # A wrong file on the command line is found before hours of work, not after.
     given = {name: normalize(place) for name, place in named(settings.input, "--input").items()}
+    for name, place in given.items():
+        read_input(Source(name, "input", place))
     if given:
-        expand_inputs(list(given.values()))
-        for one in runs:
-            _check_names(one, given)
+        _check_names(runs, given)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -164,12 +163,17 @@ def _check(one: _Run, settings: ReproduceSettings, check_fit: Callable[[Mapping[
             check_fit({**recipe, "base_model": one.base_model, "output": str(one.folder)})
 
 
-def _check_names(one: _Run, given: Mapping[str, str]) -> None:
-    taken = {SYNTHETIC, *one.suite.facts} & given.keys()
+def _check_names(runs: Sequence[_Run], given: Mapping[str, str]) -> None:
+    """Names that no facts of a suite have, and experiments that ask for them."""
+    taken = {SYNTHETIC, *(name for one in runs for name in one.suite.facts)} & given.keys()
     if taken:
         name = min(taken)
         raise InputError(
             f"the suite has facts of the name {name!r} already", where="--input", help="write --input OTHER-NAME=FILE"
+        )
+    if not any(one.suite.experiments[name].real for one in runs for name in one.experiments):
+        raise InputError(
+            "no experiment chosen asks facts of one's own", where="--input", help="choose one that does, such as `real`"
         )
 
 
@@ -178,10 +182,11 @@ def _missing(one: _Run) -> InputError | None:
     try:
         read_base_config(one.base_model)
     except InputError as error:
-        advice = f"{one.suite.download}; " if one.suite.download else ""
-        return InputError(
-            error.what, where=f"suite {one.name}, {one.base_model}", help=f"{advice}or give its folder: --base-model"
-        )
+        # What is said of the suite's own model helps with no other one.
+        has_advice = one.suite.download and one.base_model == one.suite.base_model
+        advice = f"{one.suite.download}; or give" if has_advice else "give"
+        where = f"suite {one.name}, {one.base_model}"
+        return InputError(error.what, where=where, help=f"{advice} its folder: --base-model")
     return None
 
 
