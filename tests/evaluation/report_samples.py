@@ -143,7 +143,8 @@ def summary(*units: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return {
         "settings": {"kb": ["world=kb/world"], "num_questions": 40},
         "environment": {
-            "version": "0.1", "commit": "0123456789abcdef", "is_changed": True, "python": "3.11", "torch": "2.13", "ray": None,
+            "version": "0.1", "commit": "0123456789abcdef", "is_changed": True,
+            "python": "3.11", "torch": "2.13", "ray": None,
             "machine": "2 cores of a test, 24 GB, no GPU", "command": "jobs/evaluate.py --kb 'kb/world' --output o",
         },
         "base_model": "demo/base",
