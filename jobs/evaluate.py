@@ -9,7 +9,7 @@
         --kb kb/world --kb-scale 10 --kb-scale 100 --held-out 0.1 --entities held_out --entities trained \\
         --output results/two
     python jobs/evaluate.py --kb kb/world --questions own.jsonl --output results/own
-    python jobs/evaluate.py --kb kb/world --question "What is the capital of Peru?"
+    python jobs/evaluate.py --kb kb/world --question "What is the capital of Peru?" --grounding verbatim
 
 With neither --base-model nor --adapter the demo's are used. Settings that can be given several times make a sweep over
 every combination of them. The output folder gets rows.parquet (a row per question and way of answering), summary.json
