@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kblam_ray.errors import MissingDependencyError
 from kblam_ray.evaluation.outcomes import System
@@ -18,8 +14,8 @@ from kblam_ray.evaluation.report import Section, make_report, write_report
 from kblam_ray.evaluation.run import prior_set, priors_of
 from kblam_ray.evaluation.settings import EvaluateSettings
 from kblam_ray.evaluation.sources import sources_of
-from kblam_ray.evaluation.sweep.run import SweepResult, sweep
-from kblam_ray.facts.writing import new_file
+from kblam_ray.evaluation.sweep.run import sweep
+from kblam_ray.evaluation.sweep.store import write_sweep
 from kblam_ray.model.knowledge_model import KnowledgeModel
 from kblam_ray.model.matching import require_encoder
 from kblam_ray.storage import join, normalize
@@ -54,7 +50,7 @@ def run(settings: EvaluateSettings, base_model: str, adapters: Mapping[str, str]
     note = {"command": shlex.join(sys.argv)}
     found = sweep(settings, base_model, adapters, own=own, progress=_tell, note=note)
     output = normalize(settings.output or "")
-    _write(output, found)
+    write_sweep(output, found.rows, found.summary)
     write_report(output, make_report(TITLE, [Section("evaluation", TITLE, "", found.summary, found.rows)]))
     return {
         "output": output,
@@ -125,12 +121,3 @@ def _require_packages() -> None:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _write(output: str, found: SweepResult) -> None:
-    stream = pa.BufferOutputStream()
-    pq.write_table(found.rows, stream)
-    text = json.dumps(found.summary, ensure_ascii=False, indent=1) + "\n"
-    for name, data in (("rows.parquet", stream.getvalue()), ("summary.json", text.encode("utf-8"))):
-        with new_file(join(output, name)) as file:
-            file.write(data)

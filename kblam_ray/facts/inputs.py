@@ -120,14 +120,14 @@ def _glob(store: pafs.FileSystem, pattern: str, wildcard_at: int) -> Iterator[pa
     patterns = PurePosixPath(pattern).relative_to(base).parts
     if store.get_file_info(base).type == pafs.FileType.Directory:
         for info in _files_below(store, base, recursive=len(patterns) > 1 or patterns[0] == "**"):
-            if _matches(PurePosixPath(info.path).relative_to(base).parts, patterns):
+            if matches(PurePosixPath(info.path).relative_to(base).parts, patterns):
                 yield info
 
 
-def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+def matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     """Whether a path's parts fit a glob's, where `**` stands for any number of folders."""
     if not patterns:
         return not parts
     if patterns[0] == "**":
-        return any(_matches(parts[depth:], patterns[1:]) for depth in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+        return any(matches(parts[depth:], patterns[1:]) for depth in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and matches(parts[1:], patterns[1:])

@@ -75,14 +75,14 @@ def test_rows_of_another_unit_or_of_other_columns_are_not_taken(tmp_path):
 
 def test_the_summary_comes_last(tmp_path, monkeypatch):
     """A process that ends between the two files has not done the unit."""
-    new_file = module.new_file
+    replace_file = module.replace_file
 
-    def ending(uri):
+    def ending(uri, data):
         if uri.endswith("summary.json"):
             raise KeyboardInterrupt
-        return new_file(uri)
+        replace_file(uri, data)
 
-    monkeypatch.setattr(module, "new_file", ending)
+    monkeypatch.setattr(module, "replace_file", ending)
     store = UnitStore(str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         store.put(unit(), ASKED)

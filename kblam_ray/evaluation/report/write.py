@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from kblam_ray.evaluation.report.make import PLOTS, Report
-from kblam_ray.facts.writing import new_file
-from kblam_ray.storage import join, normalize
+from kblam_ray.storage import join, normalize, replace_file
 
 
 def write_report(output: str, report: Report) -> list[str]:
@@ -23,6 +22,5 @@ def write_report(output: str, report: Report) -> list[str]:
     files |= {f"{PLOTS}/{name}": content for name, content in report.plots.items()}
     place = normalize(output)
     for name in reversed(files):
-        with new_file(join(place, name)) as file:
-            file.write(files[name])
+        replace_file(join(place, name), files[name])
     return list(files)

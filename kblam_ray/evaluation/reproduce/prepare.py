@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ from kblam_ray.errors import InputError
 from kblam_ray.evaluation.reproduce.experiments import Suite
 from kblam_ray.evaluation.reproduce.settings import ReproduceSettings, ScaleName
 from kblam_ray.evaluation.sources import NAME, Source, make_table
+from kblam_ray.evaluation.sweep.store import json_bytes
 from kblam_ray.facts import RejectedRow, expand_inputs, read_facts
 from kblam_ray.facts.fact import Fact
 from kblam_ray.facts.writing import write_facts
+from kblam_ray.storage import replace_file
 
 Fit = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 MakeFacts = Mapping[str, Callable[[Path], int]]
@@ -94,7 +95,7 @@ class Preparation:
             return str(folder)
         self.tell(f"fitting adapter {name} into {folder}")
         summary = self.fit({**self._with_table(recipe), "output": str(folder), "resume": True})
-        _write_json(mark, {"recipe": recipe, "summary": dict(summary)})
+        replace_file(str(mark), json_bytes({"recipe": recipe, "summary": dict(summary)}))
         self.fitted[name] = {"folder": str(folder), "seconds": summary.get("seconds")}
         return str(folder)
 
@@ -178,9 +179,3 @@ def _first(path: Path, number: int) -> list[Fact]:
         if len(found) == number:
             break
     return found
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

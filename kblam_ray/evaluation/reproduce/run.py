@@ -8,8 +8,6 @@ folder of its own. Running the same again does what is missing.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shlex
 import sys
 import time
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kblam_ray.errors import InputError, KblamError, MissingDependencyError
 from kblam_ray.evaluation.report import Published, Section, make_report, write_report
@@ -29,11 +26,10 @@ from kblam_ray.evaluation.reproduce.published import NOT_RUN, published_table
 from kblam_ray.evaluation.reproduce.settings import ReproduceSettings, ScaleName
 from kblam_ray.evaluation.sources import SYNTHETIC, Source, named, read_input
 from kblam_ray.evaluation.sweep.environment import environment
-from kblam_ray.evaluation.sweep.run import ROWS_SCHEMA, SweepResult, sweep
+from kblam_ray.evaluation.sweep.run import ROWS_SCHEMA, sweep
+from kblam_ray.evaluation.sweep.store import SUMMARY, json_bytes, write_sweep
 from kblam_ray.model.base_model import read_base_config
-from kblam_ray.storage import normalize
-
-SUMMARY_FILE, ROWS_FILE = "summary.json", "rows.parquet"
+from kblam_ray.storage import normalize, replace_file
 
 BASE_MODEL = "base_model"
 """Name, among what is shipped, of the base model of suites that name none."""
@@ -241,7 +237,7 @@ def _run_suite(
             progress=say,
             note={"suite": one.name, "experiment": name, "scale": one.scale, "command": _command()},
         )
-        _keep(folder, found)
+        write_sweep(str(folder), found.rows, found.summary)
         one.sections[name] = _section(one, name, found.summary, found.rows)
         one.done[name] = {
             "output": str(folder),
@@ -319,27 +315,13 @@ def _write(settings: ReproduceSettings, output: Path, runs: list[_Run]) -> dict[
             for name, told in _published(one)
         },
     }
-    _write_text(output / SUMMARY_FILE, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    replace_file(str(output / SUMMARY), json_bytes(whole))
     return summary
 
 
 def _published(one: _Run) -> list[tuple[str, Published]]:
     sections = {name: one.sections.get(name) or _section(one, name, None) for name in one.experiments}
     return [(name, section.published) for name, section in sections.items() if section.published is not None]
-
-
-def _keep(folder: Path, found: SweepResult) -> None:
-    """A sweep's rows and summary, as the evaluation job leaves them."""
-    partial = folder / f".{ROWS_FILE}.{os.getpid()}"
-    pq.write_table(found.rows, partial)
-    os.replace(partial, folder / ROWS_FILE)
-    _write_text(folder / SUMMARY_FILE, json.dumps(found.summary, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _command() -> str:

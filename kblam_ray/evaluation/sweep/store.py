@@ -10,16 +10,15 @@ with the one request that ends it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from kblam_ray.evaluation.outcomes import SCHEMA
 from kblam_ray.evaluation.sweep.unit import Found, Unit
-from kblam_ray.facts.writing import new_file
-from kblam_ray.storage import filesystem, is_s3, join, normalize, storage_errors, sync
+from kblam_ray.storage import join, normalize, read_file, replace_file
 
 FOLDER, ROWS, SUMMARY = "units", "rows.parquet", "summary.json"
 
@@ -40,7 +39,7 @@ class UnitStore:
         Raises:
             StorageError: the store cannot be read.
         """
-        data = self._read(unit, SUMMARY)
+        data = read_file(self._place(unit, SUMMARY))
         if data is None:
             return None
         try:
@@ -62,9 +61,7 @@ class UnitStore:
             StorageError: the store cannot be written.
         """
         if found.rows is not None:
-            stream = pa.BufferOutputStream()
-            pq.write_table(found.rows, stream)
-            self._write(self._place(unit, ROWS), stream.getvalue())
+            replace_file(self._place(unit, ROWS), _parquet(found.rows))
         stored: dict[str, Any] = {
             "key": unit.key,
             "unit": {**unit.labels, "told": unit.told},
@@ -72,38 +69,38 @@ class UnitStore:
             "num_rows": None if found.rows is None else len(found.rows),
             "summary": found.summary,
         }
-        self._write(self._place(unit, SUMMARY), json.dumps(stored, ensure_ascii=False, indent=1).encode("utf-8"))
+        replace_file(self._place(unit, SUMMARY), json_bytes(stored))
 
     def _place(self, unit: Unit, name: str) -> str:
         return join(self.uri, unit.key, name)
 
-    @staticmethod
-    def _write(place: str, data: bytes | pa.Buffer) -> None:
-        if is_s3(place):
-            with storage_errors(place):
-                store, path = filesystem(place, is_small=True)
-                with store.open_output_stream(path) as stream:
-                    stream.write(data)
-            return
-        with new_file(place) as file:
-            file.write(data)
-        with storage_errors(place):
-            sync(place)
-
-    def _read(self, unit: Unit, name: str) -> bytes | None:
-        place = self._place(unit, name)
-        with storage_errors(place):
-            store, path = filesystem(place)
-            if store.get_file_info(path).type != pafs.FileType.File:
-                return None
-            with store.open_input_stream(path) as stream:
-                data: bytes = stream.read()
-        return data
-
     def _rows(self, unit: Unit) -> pa.Table | None:
-        data = self._read(unit, ROWS)
+        data = read_file(self._place(unit, ROWS))
         try:
             rows = None if data is None else pq.read_table(pa.BufferReader(data))
         except (pa.ArrowInvalid, OSError):
             return None
         return rows if rows is not None and rows.schema.equals(SCHEMA) else None
+
+
+def write_sweep(output: str, rows: pa.Table, summary: dict[str, Any]) -> None:
+    """All of a sweep in its output folder: `rows.parquet` and `summary.json`.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    place = normalize(output)
+    replace_file(join(place, ROWS), _parquet(rows))
+    replace_file(join(place, SUMMARY), json_bytes(summary))
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    stream = pa.BufferOutputStream()
+    pq.write_table(rows, stream)
+    data: bytes = stream.getvalue().to_pybytes()
+    return data
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """JSON as the files of an evaluation have it."""
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8")

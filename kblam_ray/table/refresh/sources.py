@@ -12,11 +12,10 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from kblam_ray import storage
 from kblam_ray.errors import InputError
-from kblam_ray.facts.inputs import SUPPORTED, InputFile, format_of
+from kblam_ray.facts.inputs import SUPPORTED, InputFile, format_of, matches
 from kblam_ray.table.refresh import s3
 
 _WILDCARD = re.compile(r"[*?[]")
@@ -77,7 +76,7 @@ class Pattern:
         parts = tuple(uri[len(self.base.rstrip("/")) + 1 :].split("/"))
         if not all(parts) or any(part.startswith((".", "_")) for part in parts):
             return False
-        return self._parts is None or _matches(parts, self._parts)
+        return self._parts is None or matches(parts, self._parts)
 
 
 class Sources:
@@ -217,12 +216,3 @@ def _is_utf8(text: str) -> bool:
 def in_order(files: Iterable[SourceFile]) -> list[SourceFile]:
     """By time of modification: of two files that state one fact the one modified last counts."""
     return sorted(files, key=lambda file: (file.modified_us, file.uri))
-
-
-def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    """Whether a path's parts fit a glob's, where `**` stands for any number of folders."""
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return any(_matches(parts[depth:], patterns[1:]) for depth in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
