@@ -81,6 +81,10 @@ def _open_at(uri: str, version: int) -> deltalake.DeltaTable:
     # Opening the newest tells a missing table and a store that is down apart from a missing version.
     newest = _open_newest(uri).version()
     known = 0 <= version <= newest
+    if known and isinstance(cause, OSError):
+        # The store was away for a moment and is back: what is in the log was not seen.
+        with delta_errors(uri):
+            raise cause
     raise TableNotFoundError(
         f"the table has no version {version} (any more); its newest is {newest}"
         + (f": {reason(cause)}" if known and cause else ""),

@@ -7,6 +7,7 @@ import socket
 import time
 
 import boto3
+import deltalake
 import pytest
 from fake_encoder import FakeEncoder
 from rows import INFO, contents, upsert_part
@@ -118,6 +119,23 @@ def test_an_endpoint_that_goes_down_before_the_commit_leaves_the_table(uri):
     assert TableLog.open(uri).version == 0
     assert contents(kb.snapshot()) == {("a", "b"): "1"}
     assert commit_parts(uri, INFO, [part], "w") == 1
+
+
+def test_a_store_that_was_away_for_a_moment_lacks_no_version(uri, monkeypatch):
+    kb = KnowledgeBase.create(uri, FakeEncoder())
+    kb.upsert([("a", "b", "1")])
+    real = deltalake.DeltaTable
+
+    def away_for_a_version(*given, version=None, **others):
+        if version is not None:
+            raise OSError("Kernel error -> Generic S3 error\n  tcp connect error\n  Connection refused (os error 111)")
+        return real(*given, **others)
+
+    monkeypatch.setattr(deltalake, "DeltaTable", away_for_a_version)
+    with pytest.raises(StorageError, match="cannot read or write: Kernel error -> Generic S3 error tcp connect error"):
+        TableLog.open(uri, 0)
+    with pytest.raises(TableNotFoundError, match="no version 1 "):
+        TableLog.open(uri, 1)
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "100%", "a//b", "a/../b", "./a"])
