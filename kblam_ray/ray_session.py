@@ -67,6 +67,24 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_S
     _quiet_ray_data()
 
 
+def require_gpus(gpus_per_worker: float) -> None:
+    """Make sure that the running Ray can have a worker: a local one never gets more GPUs than it has, and would wait
+    for them forever; a cluster may grow.
+
+    Raises:
+        InputError: more GPUs are asked for than a local Ray has.
+    """
+    import ray
+
+    found = ray.cluster_resources().get("GPU", 0)
+    if gpus_per_worker > found and not os.environ.get("RAY_ADDRESS"):
+        raise InputError(
+            f"{gpus_per_worker:g} GPUs for each worker, and Ray finds {found:g} here",
+            where="--gpus-per-worker",
+            help="run where the GPUs are, or leave the flag out to work on CPUs",
+        )
+
+
 def _start_local(num_cpus: int | None, object_store_bytes: int, quiet: dict[str, Any]) -> None:
     import ray
 

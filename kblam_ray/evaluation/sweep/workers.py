@@ -6,12 +6,12 @@ are running are done and kept.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kblam_ray.errors import EvaluationError, InputError, KblamError
+from kblam_ray.errors import EvaluationError, KblamError
 from kblam_ray.evaluation.sweep.unit import Found, Loaded, Progress, Unit, do_unit
+from kblam_ray.ray_session import require_gpus
 
 MAX_RETRIES = 3
 """How often a unit is done again after its worker died."""
@@ -59,13 +59,7 @@ def do_on_ray(
     """
     import ray
 
-    found = ray.cluster_resources().get("GPU", 0)
-    if gpus_per_worker > found and not os.environ.get("RAY_ADDRESS"):
-        raise InputError(
-            f"{gpus_per_worker:g} GPUs for each worker, and Ray finds {found:g} here",
-            where="--gpus-per-worker",
-            help="run where the GPUs are, or leave the flag out to evaluate on CPUs",
-        )
+    require_gpus(gpus_per_worker)
     task = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_retries=MAX_RETRIES)(_do)
     timed = [unit for unit in units if unit.part == "cost"]
     total, num_done = len(units), 0

@@ -13,7 +13,6 @@ spool keeps finished embeddings for the next run.
 
 from __future__ import annotations
 
-import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from kblam_ray.errors import InputError
 from kblam_ray.facts import InputFile, expand_inputs, write_rejected
 from kblam_ray.facts.fact import DEFAULT_IDENTITY, Identity
 from kblam_ray.job import JobConfig
-from kblam_ray.ray_session import start_ray
+from kblam_ray.ray_session import require_gpus, start_ray
 from kblam_ray.table.live import live_index, read_live
 from kblam_ray.table.log import TableLog, commit_parts, next_updated_at
 from kblam_ray.table.pipeline import spool
@@ -121,7 +120,7 @@ def embed(
     log = increment.log if increment else TableLog.open_if_exists(kb_uri)
     encoder_settings, info = _agree_on_encoder(settings, log)
     start_ray()
-    _refuse_missing_gpus(settings.gpus_per_worker)
+    require_gpus(settings.gpus_per_worker)
     return _run(settings, kb_uri, Scan(files, info.identity), log, encoder_settings, info, increment)
 
 
@@ -273,19 +272,6 @@ def _write(
     spool.remove_spool(own_spool)
     spool.remove_used_up(leftovers, work.hashes_D if work else None)
     return new_version, written
-
-
-def _refuse_missing_gpus(gpus_per_worker: float) -> None:
-    """A local Ray never gets more GPUs than it has, and would wait for them forever; a cluster may grow."""
-    import ray
-
-    found = ray.cluster_resources().get("GPU", 0)
-    if gpus_per_worker > found and not os.environ.get("RAY_ADDRESS"):
-        raise InputError(
-            f"{gpus_per_worker:g} GPUs for each worker, and Ray finds {found:g} here",
-            where="--gpus-per-worker",
-            help="run where the GPUs are, or leave the flag out to encode on CPUs",
-        )
 
 
 def _pool(settings: EmbedSettings) -> Pool:
