@@ -20,21 +20,14 @@ unit: the same command again does what is missing and no more. With --question t
 
 from typing import Any
 
-from kblam_ray.errors import MissingDependencyError
 from kblam_ray.evaluation.settings import EvaluateSettings
-from kblam_ray.job import main
+from kblam_ray.job import main, packages_of
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    try:
+    with packages_of("model,evaluate", "an evaluation needs"):
         from kblam_ray.evaluation.job import run
         from kblam_ray.evaluation.sources import named
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "kblam_ray":
-            raise
-        raise MissingDependencyError(
-            f"an evaluation needs the package {error.name}", help='pip install "kblam-ray[model,evaluate]"'
-        ) from None
     if settings.base_model is None:
         from kblam_ray.demo import shipped
 

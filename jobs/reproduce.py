@@ -19,20 +19,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kblam_ray.errors import InputError, MissingDependencyError
+from kblam_ray.errors import InputError
 from kblam_ray.evaluation.reproduce.settings import ReproduceSettings
-from kblam_ray.job import main
+from kblam_ray.job import main, packages_of
 
 
 def reproduce(settings: ReproduceSettings) -> dict[str, Any]:
-    try:
+    with packages_of("train", "the experiments need"):
         from kblam_ray.evaluation.reproduce.run import BASE_MODEL, run
-    except ModuleNotFoundError as error:
-        if (error.name or "kblam_ray").partition(".")[0] == "kblam_ray":
-            raise
-        raise MissingDependencyError(
-            f"the experiments need the package {error.name}", help='pip install "kblam-ray[train]"'
-        ) from None
     from kblam_ray.demo import shipped
 
     return run(
@@ -67,14 +61,8 @@ def _train_settings(told: Mapping[str, Any]) -> Any:
 
 def _fit(told: Mapping[str, Any]) -> Mapping[str, Any]:
     settings = _train_settings(told)
-    try:
+    with packages_of("train", "fitting an adapter needs"):
         from kblam_ray.training.loop.run import train
-    except ModuleNotFoundError as error:
-        if (error.name or "kblam_ray").partition(".")[0] == "kblam_ray":
-            raise
-        raise MissingDependencyError(
-            f"fitting an adapter needs the package {error.name}", help='pip install "kblam-ray[train]"'
-        ) from None
     return train(settings)
 
 

@@ -11,8 +11,8 @@ adapter with its model card, `checkpoints/`, `metrics.jsonl`, TensorBoard's file
 from typing import Any
 
 from kblam_ray.demo import shipped
-from kblam_ray.errors import InputError, MissingDependencyError
-from kblam_ray.job import main
+from kblam_ray.errors import InputError
+from kblam_ray.job import main, packages_of
 from kblam_ray.training.settings import TrainSettings
 
 
@@ -25,14 +25,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 help="give a folder or a name on the hub",
             )
         settings = settings.model_copy(update={"base_model": str(shipped.BASE_MODEL)})
-    try:
+    with packages_of("train", "training needs"):
         from kblam_ray.training.loop.run import train
-    except ModuleNotFoundError as error:
-        if (error.name or "kblam_ray").partition(".")[0] == "kblam_ray":
-            raise
-        raise MissingDependencyError(
-            f"training needs the package {error.name}", help='pip install "kblam-ray[train]"'
-        ) from None
     return train(settings)
 
 

@@ -18,7 +18,8 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -26,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from kblam_ray.errors import InputError, KblamError
+from kblam_ray.errors import InputError, KblamError, MissingDependencyError
 
 
 class JobConfig(BaseModel):
@@ -76,6 +77,27 @@ class _Terminated(KeyboardInterrupt):
 
 def _terminate(*_: object) -> NoReturn:
     raise _Terminated
+
+
+@contextmanager
+def packages_of(extra: str, doing: str) -> Iterator[None]:
+    """Around a job's late imports: a package that is not installed is named with the extra that brings it.
+
+    Args:
+        extra: of this package, such as `train`.
+        doing: what needs it: `training needs`.
+
+    Raises:
+        MissingDependencyError: a package of others is not installed; a missing module of ours stays what it is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "kblam_ray").partition(".")[0] == "kblam_ray":
+            raise
+        raise MissingDependencyError(
+            f"{doing} the package {error.name}", help=f'pip install "kblam-ray[{extra}]"'
+        ) from None
 
 
 def parse(name: str, config_type: type[JobConfig], arguments: list[str]) -> JobConfig:

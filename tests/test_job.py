@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from kblam_ray.errors import InputError
-from kblam_ray.job import JobConfig, parse
+from kblam_ray.errors import InputError, MissingDependencyError
+from kblam_ray.job import JobConfig, packages_of, parse
 
 
 class Settings(JobConfig):
@@ -95,3 +95,11 @@ def test_a_wrong_setting_of_a_part_is_named(tmp_path, arguments, yaml, named):
     (tmp_path / "job.yaml").write_text(yaml or "{}")
     with pytest.raises(InputError, match=named):
         parse("a_job", Nested, [*arguments, "--config", str(tmp_path / "job.yaml")])
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    told = r"training needs the package no_such_package.*kblam-ray\[train\]"
+    with pytest.raises(MissingDependencyError, match=told), packages_of("train", "training needs"):
+        import no_such_package  # noqa: F401
+    with pytest.raises(ModuleNotFoundError), packages_of("train", "training needs"):
+        import kblam_ray.no_such_module  # noqa: F401

@@ -117,7 +117,7 @@ class Double:
         return text, tuple(shares[: question.max_citations]) if question.grounding != "off" else ()
 
     async def complete(self, question: Question) -> Finished:
-        raise NotImplementedError("the page streams")
+        raise AssertionError("the page streams")
 
     async def find_facts(self, kb: KbRef, which: FactFilter) -> FactsPage:
         def is_found(id: int, row: dict[str, Any]) -> bool:
@@ -163,7 +163,7 @@ class Double:
         return self._describe(name)
 
     async def remove_knowledge_base(self, name: str) -> None:
-        raise NotImplementedError("the page removes none")
+        raise AssertionError("the page removes none")
 
     async def overview(self) -> Overview:
         names = ("capitals", "others")
