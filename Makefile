@@ -9,13 +9,14 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo serve test test-full check bench clean
+.PHONY: help setup demo serve test test-full chaos check bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       embed a real knowledge base, ask, change it, serve it, ask again"
 	@echo "make serve      leave the server running, with a page at its address"
 	@echo "make test       the tests (minutes)        make test-full  all of them"
+	@echo "make chaos      processes killed at random moments, SEEDS=50 runs: nothing acknowledged may be lost"
 	@echo "make check      formatter, linter, types and tests: what CI runs"
 	@echo "make bench      ours against the alternative, in one run"
 
@@ -41,6 +42,12 @@ test: $(READY)
 
 test-full: $(READY)
 	$(BIN)/python -m pytest
+
+# FIRST=50 make chaos: other seeds. What is hit and what came of it is in chaos-verdicts.jsonl.
+SEEDS ?= 50
+FIRST ?= 0
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) --first $(FIRST) --output chaos-verdicts.jsonl --keep chaos-failures
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,216 @@
+"""A cluster of several Ray nodes and an S3 endpoint, all processes of this machine that can be hurt and replaced."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.serving.serve_samples import Gate
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+START_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for_port(port: int, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        assert time.monotonic() < deadline, f"{process.args} does not listen"
+        time.sleep(0.1)
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> int:
+    """SIGKILL a process and all that it started; returns how many there were."""
+    found: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in found:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    psutil.wait_procs(found, timeout=20)
+    return 1 + len(found)
+
+
+class Endpoint:
+    """The S3 endpoint, and a door in front of it that can be shut.
+
+    Attributes:
+        address: of the door, for all that is tested.
+        direct: of the endpoint itself, for who sets up and checks.
+    """
+
+    def __init__(self) -> None:
+        port = free_port()
+        self.direct = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "endpoint.py"), str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._gate = Gate(port)
+        self.address = f"http://127.0.0.1:{self._gate.port}"
+        wait_for_port(port, self.process)
+        self._gate.open()
+
+    def cut(self, seconds: float) -> None:
+        """Break all connections, whatever is on its way in them, and take none for a while."""
+        self._gate.shut()
+        time.sleep(seconds)
+        self._gate.open()
+
+    def pause(self, seconds: float) -> None:
+        """Stand still for a while: requests are taken and not answered."""
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
+
+    def client(self) -> Any:
+        """A boto3 client that goes past the door."""
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.direct,
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
+
+    def stop(self) -> None:
+        self._gate.shut()
+        kill_tree(self.process)
+
+
+class Cluster:
+    """A head without work for others, and nodes that come and go; stopped by the ids of its own processes.
+
+    Args:
+        num_nodes: nodes beside the head.
+        num_cpus: logical CPUs of each.
+    """
+
+    def __init__(self, num_nodes: int = 2, num_cpus: int = 2) -> None:
+        self._num_cpus = num_cpus
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        # Ray's sockets lie below it, and a socket's path must be short.
+        self.home = Path(tempfile.mkdtemp(prefix="chaos-"))
+        self._port = free_port()
+        self.address = f"127.0.0.1:{self._port}"
+        self.endpoint = Endpoint()
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+            "RAY_enable_worker_prestart": "0",
+            "RAY_memory_monitor_refresh_ms": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "10",
+            "AWS_ENDPOINT_URL": self.endpoint.address,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        self.head = self._start(f"--port={self._port}", "--head", "--num-cpus=1", f"--temp-dir={self.home}")
+        try:
+            wait_for_port(self._port, self.head)
+            for _ in range(num_nodes):
+                self.add_node()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def driver_environment(self) -> dict[str, str]:
+        """For a program that works on the cluster."""
+        return {**self.environment, "RAY_ADDRESS": self.address}
+
+    def _start(self, *flags: str) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += ["--object-store-memory=120000000", "--min-worker-port=0", "--max-worker-port=0"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
+        command += ["--include-log-monitor=false", *flags]
+        if "--head" in flags:
+            command += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+        with (self.home / f"node-{len(list(self.home.glob('node-*')))}.log").open("wb") as log:
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+
+    def add_node(self) -> None:
+        """Another node; work goes to it when it has joined."""
+        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={self._num_cpus}"))
+
+    def kill_node(self, number: int) -> str:
+        """SIGKILL a node with all its processes, and start another in its place."""
+        self.nodes = [node for node in self.nodes if node.poll() is None] or self.nodes
+        node = self.nodes.pop(number % len(self.nodes))
+        count = kill_tree(node)
+        self.add_node()
+        return f"a node and its {count} processes"
+
+    def workers(self) -> list[tuple[psutil.Process, str]]:
+        """The processes that work for somebody now, with what they call themselves."""
+        found = []
+        for node in (self.head, *self.nodes):
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(node.pid).children(recursive=True):
+                    with suppress(psutil.Error, IndexError):
+                        title = child.cmdline()[0]
+                        if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+                            found.append((child, title.removeprefix("ray::")))
+        return sorted(found, key=lambda one: one[0].pid)
+
+    def kill_worker(self, generator: random.Random, wanted: str, timeout_s: float) -> str:
+        """SIGKILL one of the workers whose title holds `wanted`, waiting for one to be there."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if found := [one for one in self.workers() if wanted in one[1]]:
+                process, title = generator.choice(found)
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    return f"worker {title[:60]}"
+            time.sleep(0.05)
+        return ""
+
+    def mend(self) -> None:
+        """Start again what has ended, so that the next run finds a whole cluster."""
+        assert self.head.poll() is None, "the head ended"
+        for node in [node for node in self.nodes if node.poll() is not None]:
+            self.nodes.remove(node)
+            self.add_node()
+
+    def stop(self) -> None:
+        """End all of it and forget its files."""
+        for node in (*self.nodes, self.head):
+            kill_tree(node)
+        self.endpoint.stop()
+        shutil.rmtree(self.home, ignore_errors=True)

@@ -1,0 +1,118 @@
+"""What is killed and when: planned from a seed, done beside a workload that runs."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tests.chaos.cluster import Cluster
+
+TARGETS = {
+    "embed": ["worker", "node", "driver", "writer", "cut", "pause"],
+    "refresh": ["driver", "worker", "node", "writer", "cut", "pause"],
+    "train": ["worker", "node", "driver", "writer", "cut", "pause"],
+    "serve": ["replica", "part", "node", "driver", "cut", "pause"],
+}
+"""What each workload loses. `cut` and `pause` hit the S3 endpoint, `part` a process of the server beside the replicas,
+`writer` the program that writes to the same table."""
+
+LONGEST_OUTAGE_S = {"cut": 4.0, "pause": 6.0}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One blow.
+
+    Attributes:
+        target: see `TARGETS`.
+        after_progress: whether its time counts from the first sign of work; else from the start.
+        delay_s: how long after that.
+        outage_s: how long a store is away.
+        number: which one of several.
+    """
+
+    target: str
+    after_progress: bool
+    delay_s: float
+    outage_s: float
+    number: int
+
+
+def plan_faults(generator: random.Random, workload: str, span_s: float) -> list[Fault]:
+    """One to three blows within `span_s` seconds."""
+    faults = []
+    for _ in range(generator.choice([1, 2, 2, 3])):
+        target = generator.choice(TARGETS[workload])
+        after_progress = generator.random() < 0.7
+        delay_s = generator.uniform(0, span_s)
+        outage_s = round(generator.uniform(0.2, LONGEST_OUTAGE_S.get(target, 0.2)), 2)
+        faults.append(Fault(target, after_progress, round(delay_s, 2), outage_s, generator.randrange(1_000)))
+    return faults
+
+
+class Victim(Protocol):
+    """What the killers must know of a workload."""
+
+    progress: threading.Event
+    over: threading.Event
+    worker_title: str
+
+    def kill_driver(self) -> str: ...
+
+    def kill_writer(self) -> str: ...
+
+    def kill_part(self, target: str, number: int) -> str: ...
+
+
+@dataclass
+class Killers:
+    """A thread per blow; `done` says what each did, and when."""
+
+    cluster: Cluster
+    victim: Victim
+    faults: list[Fault]
+    done: list[dict[str, object]] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._strike, args=(fault,), daemon=True) for fault in self.faults]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float = 60.0) -> None:
+        """Wait for all blows; those that were to come after the workload's end do not come."""
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _strike(self, fault: Fault) -> None:
+        if fault.after_progress:
+            while not self.victim.progress.wait(0.05) and not self.victim.over.is_set():
+                pass
+        what = "" if self.victim.over.wait(fault.delay_s) else self._hit(fault)
+        at_s = round(time.monotonic() - self._started, 2)
+        with self._lock:
+            self.done.append({"target": fault.target, "at_s": at_s, "did": what or "nothing: it was over"})
+
+    def _hit(self, fault: Fault) -> str:
+        match fault.target:
+            case "worker":
+                generator = random.Random(fault.number)
+                return self.cluster.kill_worker(generator, self.victim.worker_title, 10)
+            case "node":
+                return self.cluster.kill_node(fault.number)
+            case "driver":
+                return self.victim.kill_driver()
+            case "writer":
+                return self.victim.kill_writer()
+            case "cut":
+                self.cluster.endpoint.cut(fault.outage_s)
+                return f"S3 cut off for {fault.outage_s} s"
+            case "pause":
+                self.cluster.endpoint.pause(fault.outage_s)
+                return f"S3 stood still for {fault.outage_s} s"
+            case _:
+                return self.victim.kill_part(fault.target, fault.number)

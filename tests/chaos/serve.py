@@ -1,0 +1,181 @@
+"""`jobs/serve.py` on the cluster under writes and questions while its replicas, its parts and its job are killed.
+
+The server outlives a run, for it takes a minute to start; every run has tables of its own on it.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from kblam_ray import KnowledgeBase
+from tests.chaos.cluster import ROOT, Cluster, free_port
+from tests.chaos.model import rows_of
+from tests.chaos.workloads import JOB_S, Program, Workload
+
+PARTS = ["Registry", "Writer", "Gateway"]
+QUESTION = "What is the capital of Kenya?"
+FACTS = [("Kenya", "capital", "Nairobi"), ("France", "capital", "Paris"), ("Peru", "capital", "Lima")]
+
+BUSY = {429, 500, 502, 503, 504}
+"""What a server may answer that has lost something; anything else but 200 is wrong."""
+
+
+class Serve(Workload):
+    """Groups of facts written over HTTP, acknowledged with a version, read back; a question asked all the time."""
+
+    name = "serve"
+    span_s = 12.0
+    encoder = "all-MiniLM-L6-v2"
+    num_writes = 14
+    _program: Program | None = None
+    _port = 0
+    _state = ""
+
+    def __init__(self, cluster: Cluster, seed: int, folder: Path) -> None:
+        super().__init__(cluster, seed, folder)
+        self.http = httpx.Client(timeout=60)
+        self.answers: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{Serve._port}"
+
+    def prepare(self) -> None:
+        fixed = f"s3://{self.bucket}/capitals"
+        KnowledgeBase.create(fixed, self.encoder).upsert(FACTS)
+        self.model.issue("served/4", 1)
+        version = KnowledgeBase.create(self.kb, self.encoder).upsert(rows_of("served/4", 1))
+        self.model.acknowledge("served/4", 1, version)
+        if Serve._program is None or Serve._program.process.poll() is not None:
+            self._start_server()
+        self._await(lambda: self.http.get(f"{self.address}/health").status_code == 200, "a server")
+        for name, uri in {"asked": fixed, "written": self.kb}.items():
+            place = f"{self.address}/v1/knowledge_bases/{name}-{self.seed}?wait=true"
+            self._await(
+                lambda place=place, uri=uri: self.http.put(place, json={"uri": uri, "version": None}).is_success,
+                "a knowledge base",
+            )
+
+    def _start_server(self) -> None:
+        if not Serve._port:
+            Serve._port = free_port()
+            self.s3.create_bucket(Bucket="served-state")
+        flags = ["--port", str(Serve._port), "--state-uri", "s3://served-state/state.json", "--grounding", "verbatim"]
+        flags += ["--replicas-min-replicas", "2", "--replicas-max-replicas", "2", "--replicas-num-cpus", "0.5"]
+        log = Path(tempfile.mkdtemp(prefix="chaos-serve-"))
+        environment = self.cluster.driver_environment
+        Serve._program = Program([str(ROOT / "jobs" / "serve.py"), *flags], environment, log / "serve")
+
+    def _await(self, look: Any, what: str) -> None:
+        deadline = time.monotonic() + JOB_S
+        while True:
+            try:
+                if look():
+                    return
+            except httpx.TransportError:
+                pass
+            if time.monotonic() > deadline:
+                said = Serve._program.error() if Serve._program else ""
+                raise AssertionError(f"not in {JOB_S} s: {what}: {said}")
+            if Serve._program is None or Serve._program.process.poll() is not None:
+                self._start_server()
+            time.sleep(0.2)
+
+    def work(self) -> None:
+        self.start_reader()
+        asking = threading.Thread(target=self._ask_all_the_time, daemon=True)
+        asking.start()
+        self.progress.set()
+        groups = ["served/4", "served/1", "served/60"]
+        facts = f"{self.address}/v1/knowledge_bases/written-{self.seed}/facts"
+        for _ in range(self.num_writes):
+            group = self.random.choice(groups)
+            generation = self.model.newest(group) + 1
+            self.model.issue(group, generation)
+            rows = [{"entity": e, "property": p, "value": v} for e, p, v in rows_of(group, generation)]
+            self._await(lambda rows=rows, at=(group, generation): self._write(facts, rows, *at), "a write")
+            self._await(lambda at=(group, generation): self._is_read_back(facts, *at), "a fact that was written")
+            time.sleep(self.random.uniform(0, 0.8))
+        self._await(self._asked_well, "an answer at the end")
+        self.over.set()
+        asking.join(90)
+
+    def _write(self, facts: str, rows: list[dict[str, str]], group: str, generation: int) -> bool:
+        answer = self.http.post(f"{facts}?wait=true", json={"facts": rows})
+        if answer.status_code == 200:
+            self.model.acknowledge(group, generation, answer.json()["kb_version"])
+            return True
+        if answer.status_code not in BUSY | {404}:  # 404: the application is being put up again
+            self.problems.append(f"a write was answered {answer.status_code}: {answer.text[:200]}")
+        return False
+
+    def _is_read_back(self, facts: str, group: str, generation: int) -> bool:
+        entity, _, value = rows_of(group, generation)[-1]
+        answer = self.http.get(facts, params={"entity": entity})
+        if answer.status_code != 200:
+            return False
+        found = [fact["value"] for fact in answer.json()["data"]]
+        if found != [value]:
+            self.problems.append(f"{entity} was acknowledged as {value} and read as {found}")
+        return True
+
+    def _asked_well(self) -> bool:
+        body = {"model": f"kblam-demo:asked-{self.seed}", "messages": [{"role": "user", "content": QUESTION}]}
+        with httpx.Client(timeout=60) as http:
+            answer = http.post(f"{self.address}/v1/chat/completions", json=body)
+        self.answers.append(str(answer.status_code))
+        if answer.status_code == 200:
+            text = answer.json()["choices"][0]["message"]["content"]
+            if "Nairobi" not in text:
+                self.problems.append(f"answered {text!r}")
+            return True
+        if answer.status_code not in BUSY | {404}:
+            self.problems.append(f"a question was answered {answer.status_code}: {answer.text[:200]}")
+        return False
+
+    def _ask_all_the_time(self) -> None:
+        while not self.over.wait(0.2):
+            try:
+                self._asked_well()
+            except httpx.TransportError as error:
+                self.answers.append(type(error).__name__)
+
+    def kill_driver(self) -> str:
+        if Serve._program is None or not Serve._program.kill():
+            return ""
+        self.restarts += 1
+        self._start_server()
+        return "the server's job"
+
+    def kill_part(self, target: str, number: int) -> str:
+        generator = random.Random(number)
+        part = "Answerer" if target == "replica" else generator.choice(PARTS)
+        return self.cluster.kill_worker(generator, part, 10)
+
+    def finish(self) -> dict[str, Any]:
+        found = super().finish()
+        counts = {status: self.answers.count(status) for status in sorted(set(self.answers))}
+        return {**found, "answers": counts}
+
+    def close(self) -> None:
+        super().close()
+        for name in ("asked", "written"):
+            try:
+                self.http.delete(f"{self.address}/v1/knowledge_bases/{name}-{self.seed}")
+            except httpx.TransportError:
+                self.notes.append("the server did not take a table away")
+        self.http.close()
+
+    @classmethod
+    def stop_server(cls) -> None:
+        """The last thing of all; the cluster's processes end with the cluster."""
+        if Serve._program is not None:
+            Serve._program.kill()
+        Serve._program, Serve._port = None, 0

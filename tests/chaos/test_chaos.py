@@ -1,0 +1,75 @@
+"""The chaos suite: three fixed seeds with every run of the tests, more with `make chaos`; and the model by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.cluster import Cluster
+from tests.chaos.model import Model, generations_in, rows_of
+from tests.chaos.run import run_seed, workload_of
+from tests.chaos.serve import Serve
+
+ALWAYS = [(1, "embed"), (4, "refresh"), (7, "embed")]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            patch.setenv(variable, "")  # so that it is put back
+        cluster = Cluster()
+        yield cluster
+        Serve.stop_server()
+        cluster.stop()
+
+
+@pytest.mark.parametrize(("seed", "workload"), ALWAYS)
+def test_nothing_is_lost(cluster, seed, workload):
+    verdict = run_seed(cluster, seed, workload)
+    assert verdict["ok"], verdict
+    assert verdict["acknowledged"]
+    assert verdict["reads"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_nothing_is_lost_with_other_seeds(cluster, seed):
+    verdict = run_seed(cluster, seed, workload_of(seed))
+    assert verdict["ok"], verdict
+
+
+@pytest.fixture
+def model() -> Model:
+    """Generation 1 was acknowledged in version 3, 2 was begun."""
+    model = Model()
+    model.issue("a/3", 1)
+    model.acknowledge("a/3", 1, 3)
+    model.issue("a/3", 2)
+    return model
+
+
+def test_the_model_takes_what_was_acknowledged_and_what_is_in_doubt(model):
+    assert model.check_end(rows_of("a/3", 1)) == model.check_end(rows_of("a/3", 2)) == []
+    model.acknowledge("a/3", 2, 5)
+    assert model.check_end(rows_of("a/3", 2)) == []
+    assert model.check_end(rows_of("a/3", 1)) == ["a/3 shows 1; 2 was acknowledged"]
+    assert model.check_read(4, {"a/3": 1}) == model.check_read(2, {}) == []
+    assert model.check_read(5, {"a/3": 1})
+    assert model.check_read(3, {})
+
+
+def test_the_model_sees_what_is_torn_lost_doubled_or_strange(model):
+    one, two = rows_of("a/3", 1), rows_of("a/3", 2)
+    assert model.check_end(one[:2]) == ["torn: a/3 shows {1: 2}"]
+    assert "torn" in model.check_end([one[0], *two[1:]])[0]
+    assert "a/3#0 appears twice" in model.check_end([*one, one[0]])
+    assert model.check_end([]) == ["a/3 shows None; 1 was acknowledged"]
+    assert model.check_end([*one, *rows_of("b/1", 1)]) == ["nobody wrote b/1"]
+    assert model.check_end(rows_of("a/3", 3))
+    assert generations_in([("x", "colour", "red")])[1]
+    again = [{"version": 4, "groups": {"a/3": g}, "problems": []} for g in (1, 2)]
+    assert model.check_reads(again) == ["version 4 was not the same when it was read again"]
+    assert model.check_reads([{"problems": ["torn"]}]) == ["torn"]
