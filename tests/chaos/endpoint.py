@@ -24,8 +24,10 @@ class OneAtATime:
         if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
             return self._application(environ, start_response)
         announced = environ.get("CONTENT_LENGTH")
+        is_chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "")
         try:
-            body = environ["wsgi.input"].read(int(announced)) if announced else environ["wsgi.input"].read()
+            # Without either there is no body, and reading would wait for the client's next request.
+            body = environ["wsgi.input"].read(int(announced or -1)) if announced or is_chunked else b""
         except OSError:
             body = b""
         if announced and len(body) < int(announced):

@@ -42,12 +42,12 @@ class Fault:
 
 
 def plan_faults(generator: random.Random, workload: str, span_s: float) -> list[Fault]:
-    """One to three blows within `span_s` seconds."""
+    """One to three blows within `span_s` seconds of the start, or a third of that after the first sign of work."""
     faults = []
     for _ in range(generator.choice([1, 2, 2, 3])):
         target = generator.choice(TARGETS[workload])
         after_progress = generator.random() < 0.7
-        delay_s = generator.uniform(0, span_s)
+        delay_s = generator.uniform(0, span_s / 3 if after_progress else span_s)
         outage_s = round(generator.uniform(0.2, LONGEST_OUTAGE_S.get(target, 0.2)), 2)
         faults.append(Fault(target, after_progress, round(delay_s, 2), outage_s, generator.randrange(1_000)))
     return faults

@@ -49,8 +49,10 @@ def run_seed(cluster: Cluster, seed: int, name: str, keep: Path | None = None) -
     found: dict[str, Any] = {}
     killers = None
     try:
-        workload.prepare()
         faults = plan_faults(random.Random(f"faults {seed}"), name, workload.span_s)
+        workload.targets = frozenset(fault.target for fault in faults)
+        workload.has_writer = "writer" in workload.targets or workload.random.random() < 0.5
+        workload.prepare()
         killers = Killers(cluster, workload, faults)
         killers.start()
         workload.work()

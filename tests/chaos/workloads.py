@@ -74,6 +74,8 @@ class Workload:
     Attributes:
         model: what is known of the table.
         problems: what went wrong beside what the model finds.
+        targets: what is going to be hit.
+    has_writer: whether the program that writes beside it runs.
         notes: how jobs ended that were run again.
         progress, over: set at the first sign of work, and at its end.
     """
@@ -82,6 +84,8 @@ class Workload:
     span_s = 8.0
     worker_title = ""
     encoder = ENCODER
+    has_writer = True
+    targets: frozenset[str] = frozenset()
 
     def __init__(self, cluster: Cluster, seed: int, folder: Path) -> None:
         self.cluster, self.seed, self.folder = cluster, seed, folder
@@ -181,7 +185,7 @@ class Workload:
         """Set `progress` when there are more objects below a prefix than there were."""
 
         def look() -> None:
-            while not self.over.wait(0.05):
+            while not self.over.wait(0.25):
                 found = self.s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=more_than + 1)
                 if found.get("KeyCount", 0) > more_than:
                     self.progress.set()
@@ -246,8 +250,14 @@ class Embed(Workload):
     name = "embed"
     worker_title = "Map"
 
+    def prepare(self) -> None:
+        if self.random.random() < 0.5:  # else the jobs and the writer are to make the table, all at once
+            self.model.issue("before/8", 1)
+            version = KnowledgeBase.create(self.kb, self.encoder).upsert(rows_of("before/8", 1))
+            self.model.acknowledge("before/8", 1, version)
+
     def work(self) -> None:
-        if self.random.random() < 0.5:
+        if self.has_writer:
             self.start_writer()
         self.start_reader()
         self.watch_for("kb/_spool/")
@@ -281,7 +291,7 @@ class Refresh(Workload):
     span_s = 10.0
     worker_title = "Map"
     num_files = 5
-    num_edits = 16
+    num_edits = 10
 
     def prepare(self) -> None:
         self.group_of = {f"in/{n}.jsonl": f"file-{n}/{self.random.choice([4, 12, 30])}" for n in range(self.num_files)}
@@ -303,7 +313,7 @@ class Refresh(Workload):
 
     def _start(self) -> Program:
         flags = ["--kb", self.kb, "--input", f"s3://{self.bucket}/in/", "--encoder", ENCODER, "--settle-s", "0"]
-        flags += ["--poll-s", "0.2", "--vacuum-every-h", "0", "--compact-files", str(self.random.choice([3, 8]))]
+        flags += ["--poll-s", "0.5", "--vacuum-every-h", "0", "--compact-files", str(self.random.choice([3, 8]))]
         # More texts than this go to the cluster's workers.
         return self.job("refresh_kb", *flags, "--small-texts", "300", "--num-workers", "2")
 
@@ -311,14 +321,15 @@ class Refresh(Workload):
         with self._lock:
             self.drivers = [self._start() for _ in range(self.random.choice([1, 1, 2]))]
         self.start_reader()
-        if self.random.random() < 0.5:
+        if self.has_writer:
             self.start_writer()
         self.watch_for("kb/_delta_log/", 1)
-        large = self.random.sample(range(self.num_edits), 2)
+        needs_workers = bool(self.targets & {"worker", "node"}) or self.random.random() < 0.4
+        large_at = self.random.randrange(self.num_edits // 2) if needs_workers else None
         for number in range(self.num_edits):
             keys = list(self.group_of)[:-1]
-            self._edit("in/large.jsonl" if number in large else self.random.choice(keys))
-            time.sleep(self.random.uniform(0.1, 1.2))
+            self._edit("in/large.jsonl" if number == large_at else self.random.choice(keys))
+            time.sleep(self.random.uniform(0.1, 0.8))
             self._restart()
         deadline = time.monotonic() + JOB_S
         while not self._is_in_step():
@@ -326,7 +337,7 @@ class Refresh(Workload):
             if time.monotonic() > deadline:
                 self.problems.append(f"never in step with its files: {self.drivers[-1].error()}")
                 break
-            time.sleep(0.3)
+            time.sleep(0.7)
 
     def _restart(self) -> None:
         with self._lock:
