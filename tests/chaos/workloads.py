@@ -412,11 +412,12 @@ class Train(Workload):
     def work(self) -> None:
         output = self.folder / "out"
         self.start_reader()
-        self.start_writer()
 
         def look() -> None:
-            while not self.over.wait(0.05):
-                if (output / "metrics.jsonl").exists():
+            while not self.over.wait(0.1):
+                # From its first checkpoint on a run knows at which version it began; before, each try has its own.
+                if list(output.glob("checkpoints/step-*")):
+                    self.start_writer()
                     self.progress.set()
                     return
 
