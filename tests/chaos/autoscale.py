@@ -38,7 +38,13 @@ def cluster_config(gcs_address: str, most_nodes: int) -> dict[str, Any]:
         **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
         "cluster_name": "pretended",
         "max_workers": most_nodes,
-        "provider": {"type": "fake_multinode", "gcs_address": gcs_address, "launch_multiple": True},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs_address,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,  # all of them have the address of this machine
+            "disable_node_updaters": True,
+        },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "encoder": {**worker, "min_workers": 0, "max_workers": most_nodes},

@@ -12,12 +12,12 @@ from tests.chaos.cluster import Cluster
 
 TARGETS = {
     "embed": ["worker", "node", "driver", "writer", "cut", "pause"],
-    "refresh": ["driver", "worker", "node", "writer", "cut", "pause"],
+    "refresh": ["driver", "driver", "driver", "worker", "node", "writer", "writer", "cut", "cut", "pause", "pause"],
     "train": ["worker", "node", "driver", "writer", "cut", "pause"],
     "serve": ["replica", "part", "node", "driver", "cut", "pause"],
 }
 """What each workload loses. `cut` and `pause` hit the S3 endpoint, `part` a process of the server beside the replicas,
-`writer` the program that writes to the same table."""
+`writer` the program that writes to the same table. A refresh does most of its work in its own process."""
 
 LONGEST_OUTAGE_S = {"cut": 4.0, "pause": 6.0}
 

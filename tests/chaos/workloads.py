@@ -319,12 +319,12 @@ class Refresh(Workload):
 
     def work(self) -> None:
         with self._lock:
-            self.drivers = [self._start() for _ in range(self.random.choice([1, 1, 2]))]
+            self.drivers = [self._start() for _ in range(self.random.choice([1, 1, 1, 2]))]
         self.start_reader()
         if self.has_writer:
             self.start_writer()
         self.watch_for("kb/_delta_log/", 1)
-        needs_workers = bool(self.targets & {"worker", "node"}) or self.random.random() < 0.4
+        needs_workers = bool(self.targets & {"worker", "node"}) or self.random.random() < 0.15
         large_at = self.random.randrange(self.num_edits // 2) if needs_workers else None
         for number in range(self.num_edits):
             keys = list(self.group_of)[:-1]
