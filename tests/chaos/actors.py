@@ -36,7 +36,7 @@ def write(uri: str, group: str, first: int, encoder: str, seed: int, stop: threa
     """One generation after another; the same again where it is not known whether it was written."""
     generator, loaded = random.Random(seed), load_encoder(encoder)
     generation = first
-    while not stop.wait(generator.uniform(0.05, 0.8)):
+    while not stop.wait(generator.uniform(0.3, 1.5)):
         say(issued=generation, group=group)
         try:
             version = _open_or_create(uri, loaded).write(rows_of(group, generation)).version
@@ -67,7 +67,7 @@ def _open_or_create(uri: str, encoder: Encoder) -> KnowledgeBase:
 def read(uri: str, seed: int, stop: threading.Event) -> None:
     """The newest version if it is a new one, else an earlier one again; what the store does not give is passed over."""
     generator, seen, encoder = random.Random(seed), [], None
-    while not stop.wait(0.3):
+    while not stop.wait(0.8):
         try:
             kb = KnowledgeBase.open(uri)
             assert kb.version is not None

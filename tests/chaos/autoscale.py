@@ -87,6 +87,8 @@ def start_head(home: Path, most_nodes: int) -> tuple[subprocess.Popen[bytes], di
         )
     try:
         wait_for_port(port, head)
+        while not look(head):
+            time.sleep(0.1)
     except BaseException:
         kill_tree(head)
         raise

@@ -185,7 +185,7 @@ class Workload:
         """Set `progress` when there are more objects below a prefix than there were."""
 
         def look() -> None:
-            while not self.over.wait(0.25):
+            while not self.over.wait(0.5):
                 found = self.s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=more_than + 1)
                 if found.get("KeyCount", 0) > more_than:
                     self.progress.set()
@@ -261,14 +261,14 @@ class Embed(Workload):
             self.start_writer()
         self.start_reader()
         self.watch_for("kb/_spool/")
-        jobs = [self._job(number) for number in range(self.random.choice([1, 1, 2]))]
+        jobs = [self._job(number) for number in range(self.random.choice([1, 1, 1, 2]))]
         for thread in jobs:
             thread.start()
         for thread in jobs:
             thread.join()
 
     def _job(self, number: int) -> threading.Thread:
-        groups = [f"embed-{number}-{part}/{self.random.choice([40, 900, 1500])}" for part in range(2)]
+        groups = [f"embed-{number}-{part}/{self.random.choice([40, 400, 900])}" for part in range(2)]
         for part, group in enumerate(groups):
             self.put(f"in-{number}/{part}.jsonl", rows_of(group, 1))
             self.model.issue(group, 1)
@@ -291,7 +291,7 @@ class Refresh(Workload):
     span_s = 10.0
     worker_title = "Map"
     num_files = 5
-    num_edits = 10
+    num_edits = 8
 
     def prepare(self) -> None:
         self.group_of = {f"in/{n}.jsonl": f"file-{n}/{self.random.choice([4, 12, 30])}" for n in range(self.num_files)}
@@ -313,7 +313,7 @@ class Refresh(Workload):
 
     def _start(self) -> Program:
         flags = ["--kb", self.kb, "--input", f"s3://{self.bucket}/in/", "--encoder", ENCODER, "--settle-s", "0"]
-        flags += ["--poll-s", "0.5", "--vacuum-every-h", "0", "--compact-files", str(self.random.choice([3, 8]))]
+        flags += ["--poll-s", "1", "--vacuum-every-h", "0", "--compact-files", str(self.random.choice([3, 8]))]
         # More texts than this go to the cluster's workers.
         return self.job("refresh_kb", *flags, "--small-texts", "300", "--num-workers", "2")
 
@@ -329,7 +329,7 @@ class Refresh(Workload):
         for number in range(self.num_edits):
             keys = list(self.group_of)[:-1]
             self._edit("in/large.jsonl" if number == large_at else self.random.choice(keys))
-            time.sleep(self.random.uniform(0.1, 0.8))
+            time.sleep(self.random.uniform(0.1, 1.0))
             self._restart()
         deadline = time.monotonic() + JOB_S
         while not self._is_in_step():
@@ -337,7 +337,7 @@ class Refresh(Workload):
             if time.monotonic() > deadline:
                 self.problems.append(f"never in step with its files: {self.drivers[-1].error()}")
                 break
-            time.sleep(0.7)
+            time.sleep(1)
 
     def _restart(self) -> None:
         with self._lock:
