@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from contextlib import closing, suppress
@@ -117,6 +118,8 @@ class Cluster:
 
     def __init__(self, num_nodes: int = 2, num_cpus: int = 2) -> None:
         self._num_cpus = num_cpus
+        self._changing = threading.RLock()
+        self._is_stopped = False
         self.nodes: list[subprocess.Popen[bytes]] = []
         # Ray's sockets lie below it, and a socket's path must be short.
         self.home = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -166,15 +169,20 @@ class Cluster:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
     def add_node(self) -> None:
-        """Another node; work goes to it when it has joined."""
-        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={self._num_cpus}"))
+        """Another node; work goes to it when it has joined. None when the cluster is being stopped."""
+        with self._changing:
+            if not self._is_stopped:
+                self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={self._num_cpus}"))
 
     def kill_node(self, number: int) -> str:
         """SIGKILL a node with all its processes, and start another in its place."""
-        self.nodes = [node for node in self.nodes if node.poll() is None] or self.nodes
-        node = self.nodes.pop(number % len(self.nodes))
-        count = kill_tree(node)
-        self.add_node()
+        with self._changing:
+            self.nodes = [node for node in self.nodes if node.poll() is None]
+            if self._is_stopped or not self.nodes:
+                return ""
+            node = self.nodes.pop(number % len(self.nodes))
+            count = kill_tree(node)
+            self.add_node()
         return f"a node and its {count} processes"
 
     def workers(self) -> list[tuple[psutil.Process, str]]:
@@ -204,13 +212,18 @@ class Cluster:
     def mend(self) -> None:
         """Start again what has ended, so that the next run finds a whole cluster."""
         assert self.head.poll() is None, "the head ended"
-        for node in [node for node in self.nodes if node.poll() is not None]:
-            self.nodes.remove(node)
-            self.add_node()
+        with self._changing:
+            for node in [node for node in self.nodes if node.poll() is not None]:
+                self.nodes.remove(node)
+                self.add_node()
 
-    def stop(self) -> None:
-        """End all of it and forget its files."""
-        for node in (*self.nodes, self.head):
-            kill_tree(node)
+    def stop(self, keep: Path | None = None) -> None:
+        """End all of it and forget its files, but for the logs of Ray's processes, if a folder for them is given."""
+        with self._changing:
+            self._is_stopped = True
+            for node in (*self.nodes, self.head):
+                kill_tree(node)
         self.endpoint.stop()
+        for logs in self.home.glob("session_2*/logs") if keep else ():
+            shutil.copytree(logs, keep / f"ray-{self._port}", symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(self.home, ignore_errors=True)

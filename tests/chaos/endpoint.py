@@ -44,8 +44,9 @@ def main(port: int) -> None:
     import logging
 
     from moto.server import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import run_simple
+    from werkzeug.serving import WSGIRequestHandler, run_simple
 
+    WSGIRequestHandler.protocol_version = "HTTP/1.1"  # one connection, and one thread, for many requests
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     application = OneAtATime(DomainDispatcherApplication(create_backend_app))
     run_simple("127.0.0.1", port, application, threaded=True)

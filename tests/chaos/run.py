@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -37,8 +38,6 @@ def workload_of(seed: int, among: Iterable[str] = WORKLOADS) -> str:
 
 def run_seed(cluster: Cluster, seed: int, name: str, keep: Path | None = None) -> dict[str, Any]:
     """One run; its verdict: `ok`, the `problems`, what was hit and what was seen."""
-    import os
-
     for variable, value in cluster.environment.items():
         if variable.startswith("AWS_"):
             os.environ[variable] = value
@@ -129,7 +128,8 @@ def main() -> int:
                     file.write(line + "\n")
     finally:
         Serve.stop_server()
-        cluster.stop()
+        has_failed = not all(verdict["ok"] for verdict in verdicts)
+        cluster.stop(asked.keep if has_failed else None)
     print(table_of(verdicts), file=sys.stderr)
     return 0 if all(verdict["ok"] for verdict in verdicts) else 1
 

@@ -85,6 +85,7 @@ class Serve(Workload):
                 said = Serve._program.error() if Serve._program else ""
                 raise AssertionError(f"not in {JOB_S} s: {what}: {said}")
             if Serve._program is None or Serve._program.process.poll() is not None:
+                self.notes.append(f"the server's job ended: {Serve._program.error()[-400:] if Serve._program else ''}")
                 self._start_server()
             time.sleep(0.2)
 

@@ -11,7 +11,8 @@ from tests.chaos.model import Model, generations_in, rows_of
 from tests.chaos.run import run_seed, workload_of
 from tests.chaos.serve import Serve
 
-ALWAYS = [(1, "embed"), (4, "refresh"), (7, "embed")]
+# A job and the store, a worker, a node and another writer.
+ALWAYS = [(6, "refresh"), (8, "embed"), (1, "embed")]
 
 
 @pytest.fixture(scope="module")

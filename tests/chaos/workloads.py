@@ -219,6 +219,7 @@ class Workload:
         self.problems += self.model.check_end(rows)
         reads: list[dict[str, Any]] = []
         if self.reader:
+            self._await_reader(version)
             if not self.reader.stop(60):
                 self.problems.append("the reader hangs")
             elif self.reader.process.returncode:
@@ -235,6 +236,16 @@ class Workload:
             "versions_read": len(versions),
             "restarts": self.restarts,
         }
+
+    def _await_reader(self, version: int) -> None:
+        """Let the reader come to the newest version: the last one, too, is read as others read it."""
+        assert self.reader is not None
+        deadline = time.monotonic() + JOB_S
+        while version not in [read.get("version") for read in self.reader.lines()]:
+            if time.monotonic() > deadline or self.reader.process.poll() is not None:
+                self.problems.append(f"the reader did not come to version {version}: {self.reader.error()}")
+                return
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Nothing of it goes on."""
