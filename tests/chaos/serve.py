@@ -19,6 +19,7 @@ from tests.chaos.cluster import ROOT, Cluster, free_port
 from tests.chaos.model import rows_of
 from tests.chaos.workloads import JOB_S, Program, Workload
 
+NUM_REPLICAS = 2
 PARTS = ["Registry", "Writer", "Gateway"]
 QUESTION = "What is the capital of Kenya?"
 FACTS = [("Kenya", "capital", "Nairobi"), ("France", "capital", "Paris"), ("Peru", "capital", "Lima")]
@@ -55,7 +56,8 @@ class Serve(Workload):
         self.model.acknowledge("served/4", 1, version)
         if Serve._program is None or Serve._program.process.poll() is not None:
             self._start_server()
-        self._await(lambda: self.http.get(f"{self.address}/health").status_code == 200, "a server")
+        # All of it: a replica that dies before the others were ever up ends the deployment, as it should.
+        self._await(self._is_up, "a server")
         for name, uri in {"asked": fixed, "written": self.kb}.items():
             place = f"{self.address}/v1/knowledge_bases/{name}-{self.seed}?wait=true"
             self._await(
@@ -63,12 +65,17 @@ class Serve(Workload):
                 "a knowledge base",
             )
 
+    def _is_up(self) -> bool:
+        health = self.http.get(f"{self.address}/health")
+        return health.status_code == 200 and health.json()["replicas"] == NUM_REPLICAS
+
     def _start_server(self) -> None:
         if not Serve._port:
             Serve._port = free_port()
             self.s3.create_bucket(Bucket="served-state")
         flags = ["--port", str(Serve._port), "--state-uri", "s3://served-state/state.json", "--grounding", "verbatim"]
-        flags += ["--replicas-min-replicas", "2", "--replicas-max-replicas", "2", "--replicas-num-cpus", "0.5"]
+        flags += ["--replicas-min-replicas", str(NUM_REPLICAS), "--replicas-max-replicas", str(NUM_REPLICAS)]
+        flags += ["--replicas-num-cpus", "0.5"]
         log = Path(tempfile.mkdtemp(prefix="chaos-serve-"))
         environment = self.cluster.driver_environment
         Serve._program = Program([str(ROOT / "jobs" / "serve.py"), *flags], environment, log / "serve")
