@@ -86,7 +86,7 @@ class Serve(Workload):
             try:
                 if look():
                     return
-            except httpx.TransportError:
+            except (httpx.TransportError, ValueError):  # Serve answers before the application does
                 pass
             if time.monotonic() > deadline:
                 said = Serve._program.error() if Serve._program else ""
