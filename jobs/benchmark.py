@@ -8,6 +8,7 @@ nearest:   finding the facts nearest to a question through an index, against com
 training-step: tokens per second of a training step, against the published computation
 serve:     requests per second and time to first token over HTTP, against the engine in one process and one at a time
 refresh:   facts that change under load: errors, contradictions, p99, seconds from commit to served
+follow:    files that come and change: seconds from file to commit and to every replica, exactness, answers meanwhile
 """
 
 import sys
@@ -26,10 +27,18 @@ BENCHMARKS = {
     "training-step": ("kblam_ray.training.benchmark", "TrainingStepBenchmark", "benchmark_training_step"),
     "serve": ("kblam_ray.serving.benchmark", "ServeBenchmark", "benchmark_load"),
     "refresh": ("kblam_ray.serving.benchmark", "RefreshBenchmark", "benchmark_refresh"),
+    "follow": ("kblam_ray.serving.benchmark", "FollowBenchmark", "benchmark_follow"),
 }
 """Module, settings and function of each: only the one asked for is imported, so that it needs only its own packages."""
 
-EXTRAS = {"attention": "model", "nearest": "serve", "training-step": "model", "serve": "serve", "refresh": "serve"}
+EXTRAS = {
+    "attention": "model",
+    "nearest": "serve",
+    "training-step": "model",
+    "serve": "serve",
+    "refresh": "serve",
+    "follow": "serve",
+}
 """What to install where a package is missing; `local` for the others."""
 
 

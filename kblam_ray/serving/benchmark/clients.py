@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ class Answered:
     text: str
     kb_version: int | None
     refused: bool
+    citations: Sequence[Mapping[str, Any]]
     first_token_s: float
     seconds: float
 
@@ -77,7 +78,7 @@ def in_process(backend: Backend, kb: str, grounding: str, max_tokens: int, *, st
     """Asks a backend without HTTP, for a stream or for whole answers."""
 
     async def ask(question: str) -> Answered:
-        started, first_s, text = time.perf_counter(), None, ""
+        started, first_s = time.perf_counter(), None
         asked = Question(
             request_id="benchmark",
             messages=({"role": "user", "content": question},),
@@ -88,14 +89,15 @@ def in_process(backend: Backend, kb: str, grounding: str, max_tokens: int, *, st
         if not stream:
             finished = await backend.complete(asked)
             seconds, choice = time.perf_counter() - started, finished.choices[0]
-            return Answered(question, choice.text, finished.kb_version, choice.refused, seconds, seconds)
+            told = choice.text, finished.kb_version, choice.refused, choice.citations
+            return Answered(question, *told, seconds, seconds)
         async for event in backend.stream(asked):
             if isinstance(event, Piece):
                 first_s = first_s or time.perf_counter() - started
             elif isinstance(event, Finished):
                 seconds, choice = time.perf_counter() - started, event.choices[0]
-                text = choice.text
-                return Answered(question, text, event.kb_version, choice.refused, first_s or seconds, seconds)
+                told = choice.text, event.kb_version, choice.refused, choice.citations
+                return Answered(question, *told, first_s or seconds, seconds)
         raise GenerationError("an answer without an end", where=question, help="see the engine's log")
 
     return ask
@@ -120,8 +122,8 @@ async def over_http(
                 if not stream:
                     whole = await response.json()
                     seconds = time.perf_counter() - started
-                    said, version = whole["choices"][0]["message"]["content"], whole["kb_version"]
-                    return Answered(question, said, version, whole["refused"], seconds, seconds)
+                    said = whole["choices"][0]["message"]["content"]
+                    return Answered(question, said, *_grounds(whole), seconds, seconds)
                 async for line in response.content:
                     if not line.startswith(b"data: {"):
                         continue
@@ -137,7 +139,7 @@ async def over_http(
             seconds = time.perf_counter() - started
             if not last:
                 raise _failed(question, 200, "the stream broke off")
-            return Answered(question, "".join(text), last["kb_version"], last["refused"], first_s or seconds, seconds)
+            return Answered(question, "".join(text), *_grounds(last), first_s or seconds, seconds)
 
         yield ask
 
@@ -146,6 +148,10 @@ async def post(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The JSON answer to a JSON body, whatever its status."""
     async with aiohttp.ClientSession() as session, session.post(f"{address}{path}", json=body) as response:
         return {**(await response.json()), "status": response.status}
+
+
+def _grounds(said: dict[str, Any]) -> tuple[int | None, bool, list[dict[str, Any]]]:
+    return said["kb_version"], said["refused"], said["citations"]
 
 
 def _failed(question: str, status: int, told: str) -> GenerationError:

@@ -18,7 +18,7 @@ import numpy as np
 from kblam_ray.errors import InputError
 from kblam_ray.model import KnowledgeModel
 from kblam_ray.serving.benchmark.clients import Ask, Load, closed_loop, in_process, over_http
-from kblam_ray.serving.benchmark.server import running_server
+from kblam_ray.serving.benchmark.processes import running_server
 from kblam_ray.serving.benchmark.settings import ServeBenchmark
 from kblam_ray.serving.local import LocalBackend
 from kblam_ray.serving.replica import load_model, one_thread_per_core

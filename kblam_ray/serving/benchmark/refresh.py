@@ -30,7 +30,7 @@ from kblam_ray.facts.synthetic.generator import SyntheticFacts
 from kblam_ray.model.base_model import load_base_model
 from kblam_ray.serving.benchmark.clients import Ask, Load, closed_loop, of_sorted, over_http, post
 from kblam_ray.serving.benchmark.load import KB, MANY
-from kblam_ray.serving.benchmark.server import get, running_server
+from kblam_ray.serving.benchmark.processes import get, running_server
 from kblam_ray.serving.benchmark.settings import RefreshBenchmark
 from kblam_ray.storage import is_s3
 from kblam_ray.table.knowledge_base import KnowledgeBase

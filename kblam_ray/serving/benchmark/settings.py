@@ -1,4 +1,4 @@
-"""Settings of `jobs/benchmark.py serve` and `jobs/benchmark.py refresh`."""
+"""Settings of `jobs/benchmark.py serve`, `refresh` and `follow`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from kblam_ray.job import JobConfig
 
 
 class _Served(JobConfig):
-    kb: str = Field(description="the table that is asked: plain questions about its facts")
     base_model: str | None = Field(None, description="base model: the demo's")
     adapter: str | None = Field(None, description="knowledge adapter: the demo's")
     grounding: Literal["off", "cite", "verbatim"] = Field("verbatim", description="of the questions")
@@ -19,7 +18,11 @@ class _Served(JobConfig):
     seed: int = Field(0, description="which facts are asked")
 
 
-class ServeBenchmark(_Served):
+class _Asked(_Served):
+    kb: str = Field(description="the table that is asked: plain questions about its facts")
+
+
+class ServeBenchmark(_Asked):
     """Settings of `jobs/benchmark.py serve`."""
 
     clients: list[PositiveInt] = Field([1, 8, 32], min_length=1, description="closed-loop clients at a time")
@@ -31,7 +34,7 @@ class ServeBenchmark(_Served):
     )
 
 
-class RefreshBenchmark(_Served):
+class RefreshBenchmark(_Asked):
     """Settings of `jobs/benchmark.py refresh`."""
 
     clients: PositiveInt = Field(16, description="closed-loop clients that ask all the time")
@@ -41,3 +44,18 @@ class RefreshBenchmark(_Served):
     rounds: PositiveInt = Field(4, description="spans without changes and spans with them, in turns")
     large_facts: int = Field(100_000, ge=0, description="facts of a second table, of the hashing encoder; 0: none")
     large_changes: PositiveInt = Field(1_000, description="facts changed at once in that table")
+
+
+class FollowBenchmark(_Served):
+    """Settings of `jobs/benchmark.py follow`."""
+
+    edition: list[str] = Field(
+        min_length=1, description="files of facts, oldest first: the table begins as the first and becomes the others"
+    )
+    changes: PositiveInt = Field(50, description="files that are added one at a time, of one fact each")
+    once: int = Field(
+        3, ge=0, description="files that a refresh started for each takes up, instead of one that watches"
+    )
+    replicas: PositiveInt = Field(2, description="replicas of the server")
+    clients: PositiveInt = Field(4, description="closed-loop clients that ask while an edition becomes the next")
+    steps: PositiveInt = Field(20, description="parts in which an edition becomes the next")

@@ -1,4 +1,4 @@
-"""A server of its own for a benchmark: `jobs/serve.py`'s work in a process of its own, taken down at the end."""
+"""Jobs in processes of their own for a benchmark, a server or a refresh, taken down at the end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -22,12 +22,21 @@ from kblam_ray.errors import UnavailableError
 
 START_S = 300
 
-_PROGRAM = """
+_PROGRAMS = {
+    "serve": """
 from kblam_ray.job import main
 from kblam_ray.serving.job import serve
 from kblam_ray.serving.settings import ServeSettings
 main("serve", ServeSettings, serve)
-"""
+""",
+    "refresh_kb": """
+from kblam_ray.job import main
+from kblam_ray.table.refresh.run import refresh
+from kblam_ray.table.refresh.settings import RefreshSettings
+main("refresh_kb", RefreshSettings, refresh)
+""",
+}
+"""What the scripts in `jobs/` hold, which an installed package does not have."""
 
 
 @contextmanager
@@ -44,7 +53,7 @@ def running_server(*flags: str, one_core: bool = False) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-c", _PROGRAM, *flags, "--port", str(port)]
+        command = [sys.executable, "-c", _PROGRAMS["serve"], *flags, "--port", str(port)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:
             address = _when_it_answers(process, f"http://127.0.0.1:{port}", log)
@@ -54,6 +63,47 @@ def running_server(*flags: str, one_core: bool = False) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+@contextmanager
+def running_refresh(*flags: str) -> Iterator[None]:
+    """`jobs/refresh_kb.py` with these flags, until the block ends.
+
+    Raises:
+        UnavailableError: it did not run to the end of the block, or failed.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(_refresh_command(flags), stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            yield
+        finally:
+            has_ended = process.poll() is not None
+            if not has_ended:
+                process.send_signal(signal.SIGTERM)
+            process.wait()
+        if has_ended or process.returncode:
+            raise _refresh_failed(log)
+
+
+def refresh_once(*flags: str) -> None:
+    """`jobs/refresh_kb.py --once` with these flags, to its end.
+
+    Raises:
+        UnavailableError: it failed.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        if subprocess.run([*_refresh_command(flags), "--once"], stdout=subprocess.DEVNULL, stderr=log).returncode:
+            raise _refresh_failed(log)
+
+
+def _refresh_command(flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-c", _PROGRAMS["refresh_kb"], *flags]
+
+
+def _refresh_failed(log: TextIO) -> UnavailableError:
+    log.seek(0)
+    told = log.read()[-2000:]
+    return UnavailableError(f"the refresh failed: {told}", where="refresh_kb", help="start it by hand")
 
 
 def _give_one_core(pid: int) -> None:
