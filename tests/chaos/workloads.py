@@ -394,7 +394,7 @@ class Train(Workload):
     name = "train"
     span_s = 15.0
     worker_title = "TrainWorker"
-    steps = 30
+    steps = 150
     encoder = "hashing:64"
     _reference: dict[int, float] | None = None
 
@@ -409,7 +409,7 @@ class Train(Workload):
         flags = ["--kb", f"{self.kb}", "--base-model", str(_base_model()), "--output", str(output), "--start", "random"]
         flags += ["--kb-layers", "1", "--kb-layers", "3", "--num-workers", str(num_workers), "--device", "cpu"]
         flags += ["--dtype", "float32", "--steps", str(self.steps), "--warmup-steps", "2", "--learning-rate", "0.01"]
-        flags += ["--checkpoint-every", "3", "--log-every", "1", "--no-calibrate", "--no-evaluate", "--no-tensorboard"]
+        flags += ["--checkpoint-every", "5", "--log-every", "1", "--no-calibrate", "--no-evaluate", "--no-tensorboard"]
         flags += ["--mix-batch-size", "4", "--mix-kb-size", "4", "12", "--mix-max-tokens", "512", "--resume"]
         return [*flags, "--cpus-per-worker", "1"] if num_workers else flags
 

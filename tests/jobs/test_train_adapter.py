@@ -113,20 +113,24 @@ def test_sigterm_saves_and_ends_with_143_on_ray_too(places, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_worker_that_dies_is_started_again_from_the_newest_checkpoint(places, tmp_path):
+@pytest.mark.parametrize("process", ["RayTrainWorker", "BoardContent"])
+def test_what_dies_is_started_again_and_the_curve_is_the_same(places, tmp_path, process):
     steps = {"steps": 60, "checkpoint_every": 5}
     train(settings(places, tmp_path / "whole", **steps))
     asked = settings(places, tmp_path / "out", **steps, num_workers=2, max_failures=2)
     job = start_job("train_adapter", *arguments(asked))
     wait_for_step(tmp_path / "out", 8, job)
-    workers = [
+    found = [
         child
         for child in psutil.Process(job.pid).children(recursive=True)
-        if any("RayTrainWorker" in part for part in child.cmdline())
+        if any(process in part for part in child.cmdline())
     ]
-    assert len(workers) == 2
-    os.kill(workers[1].pid, signal.SIGKILL)
+    assert len(found) == (2 if process == "RayTrainWorker" else 1)
+    os.kill(found[-1].pid, signal.SIGKILL)
     stdout, stderr = job.communicate(timeout=400)
     assert job.returncode == 0, stderr
     assert '"steps": 60' in stdout.splitlines()[-1]
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=2e-4)
+    found, whole = losses(tmp_path / "out"), losses(tmp_path / "whole")
+    # What stood on the board when it died is lost: the steps of a fraction of a second.
+    assert found.keys() == whole.keys() if process == "RayTrainWorker" else 60 in found
+    assert found == pytest.approx({step: whole[step] for step in found}, abs=2e-4)

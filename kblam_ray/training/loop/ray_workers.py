@@ -96,7 +96,7 @@ def train_on_ray(plan: RunPlan, sinks: Sinks, should_stop: Callable[[], bool]) -
     per_worker = {"CPU": cpus_per_worker(settings, resources.get("CPU", 0.0), not os.environ.get("RAY_ADDRESS"))}
     if is_cuda:
         per_worker["GPU"] = settings.gpus_per_worker
-    board = ray.remote(num_cpus=0)(BoardContent).remote()
+    board = board_beside_driver()
     files, path = storage.filesystem(storage.join(settings.output, RAY_FOLDER))
     trainer = TorchTrainer(
         _train_function,
@@ -128,10 +128,12 @@ def train_on_ray(plan: RunPlan, sinks: Sinks, should_stop: Callable[[], bool]) -
     while thread.is_alive():
         thread.join(POLL_S)
         sinks.take(ray.get(board.take.remote()))
-        if should_stop() and not told:
-            told = True
+        if should_stop():
+            # Again and again: a board that was started anew knows nothing of it.
             ray.get(board.stop.remote())
-            sinks.say("stopping: the workers finish their step and save")
+            if not told:
+                told = True
+                sinks.say("stopping: the workers finish their step and save")
     sinks.take(ray.get(board.take.remote()))
     if not storage.is_s3(settings.output):
         shutil.rmtree(Path(settings.output) / RAY_FOLDER, ignore_errors=True)
@@ -145,16 +147,31 @@ def train_on_ray(plan: RunPlan, sinks: Sinks, should_stop: Callable[[], bool]) -
     return dict(returned)
 
 
+def board_beside_driver() -> Any:
+    """An actor of `BoardContent` on the driver's node, started again if it dies.
+
+    On another node it would take the run along when that node dies, for which Ray Train itself has a remedy. What was
+    posted and not taken yet when its process died is lost: figures of a fraction of a second.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(**options)(BoardContent).remote()
+
+
 def run_phase(phase: Callable[..., Any], plan: RunPlan, sinks: Sinks) -> Any:
     """Run a phase in a Ray task with a worker's devices; what it says is heard here.
 
     Raises:
         KblamError: what the phase raised.
+        TrainingError: the workers that ran it died more often than they are started again.
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-    board = ray.remote(num_cpus=0)(BoardContent).remote()
+    board = board_beside_driver()
     gpus = plan.settings.gpus_per_worker if plan.device == "cuda" else 0
     task = ray.remote(num_cpus=LEAST_CPUS, num_gpus=gpus, max_retries=plan.settings.max_failures)(_phase)
     reference = task.remote(phase, plan, board)
@@ -167,6 +184,12 @@ def run_phase(phase: Callable[..., Any], plan: RunPlan, sinks: Sinks) -> Any:
         if isinstance(error.cause, KblamError):
             raise error.cause from None
         raise
+    except (NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
+        raise TrainingError(
+            f"a worker died once too often: {str(error).splitlines()[0]}",
+            where="Ray",
+            help="had it memory enough? Start it again with --resume",
+        ) from None
 
 
 def _phase(phase: Callable[..., Any], plan: RunPlan, actor: Any) -> Any:
