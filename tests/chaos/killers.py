@@ -95,7 +95,13 @@ class Killers:
         what = "" if self.victim.over.wait(fault.delay_s) else self._hit(fault)
         at_s = round(time.monotonic() - self._started, 2)
         with self._lock:
-            self.done.append({"target": fault.target, "at_s": at_s, "did": what or "nothing: it was over"})
+            self.done.append(
+                {
+                    "target": fault.target,
+                    "at_s": at_s,
+                    "did": what or f"nothing: {'it was over' if self.victim.over.is_set() else 'none was there'}",
+                }
+            )
 
     def _hit(self, fault: Fault) -> str:
         match fault.target:

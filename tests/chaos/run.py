@@ -27,7 +27,7 @@ from tests.chaos.serve import Serve
 from tests.chaos.workloads import Embed, Refresh, Train, Workload
 
 WORKLOADS: dict[str, type[Workload]] = {"embed": Embed, "refresh": Refresh, "train": Train, "serve": Serve}
-SHARES = {"embed": 4, "refresh": 4, "train": 1, "serve": 1}
+SHARES = {"embed": 3, "refresh": 3, "train": 1, "serve": 2}
 
 
 def workload_of(seed: int, among: Iterable[str] = WORKLOADS) -> str:
