@@ -23,10 +23,12 @@ from typing import Any
 import psutil
 
 from kblam_ray import KnowledgeBase
+from kblam_ray.errors import TableNotFoundError
 from tests.chaos.cluster import ROOT, free_port, kill_tree, wait_for_port
 
 IDLE_MINUTES = 0.1
 NODE_CPUS = 2
+MOST_S = 600
 
 
 def cluster_config(gcs_address: str, most_nodes: int) -> dict[str, Any]:
@@ -128,48 +130,64 @@ def is_exact(kb: str, num_facts: int) -> bool:
 
 
 def run(num_facts: int, most_nodes: int, home: Path) -> dict[str, Any]:
-    """Work off the backlog once; what was seen of nodes and work, second by second, and whether the table is exact."""
-    write_facts(home / "in", num_facts, 20)
+    """Watch a folder in which a backlog appears; what was seen of nodes and work, second by second, and of the table.
+
+    The job goes on watching until the last node is gone, so it is the end of the work that lets them go, not the job's.
+    """
+    (home / "in").mkdir()
     head, environment = start_head(home, most_nodes)
     kb = str(home / "kb")
-    command = [sys.executable, str(ROOT / "jobs" / "refresh_kb.py"), "--once", "--kb", kb, "--input", str(home / "in")]
-    command += ["--encoder", "hashing:64", "--settle-s", "0", "--min-workers", "4", "--num-workers", "6"]
+    command = [sys.executable, str(ROOT / "jobs" / "refresh_kb.py"), "--kb", kb, "--input", str(home / "in")]
+    command += ["--encoder", "hashing:64", "--num-workers", str(NODE_CPUS * most_nodes)]
     timeline: list[tuple[float, int, int]] = []
     cpu_s: dict[int, float] = {}
     job = None
-    began = time.monotonic()
-    ended_s = 0.0
     try:
         with (home / "job.out").open("wb") as out, (home / "job.err").open("wb") as err:
             job = subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
-        while True:
+        time.sleep(5)
+        nodes_before = len(look(head))
+        write_facts(home / "backlog", num_facts, 20)
+        (home / "backlog").rename(home / "in" / "backlog")
+        began = time.monotonic()
+        served_s = None
+        while (now_s := time.monotonic() - began) < MOST_S:
             nodes = look(head)
             cpu_s.update({raylet: max(seconds, cpu_s.get(raylet, 0.0)) for raylet, seconds in nodes.items()})
-            now_s = time.monotonic() - began
             timeline.append((round(now_s, 1), len(nodes), sum(seconds > 0 for seconds in nodes.values())))
-            if job.poll() is not None:
-                ended_s = ended_s or now_s
-                if len(nodes) <= 1 or now_s - ended_s > 120:
-                    break
-            if now_s > 600:
+            if served_s is None and num_facts_of(kb) >= num_facts:
+                served_s = now_s
+            if job.poll() is not None or (served_s is not None and len(nodes) <= 1):
                 break
             time.sleep(1)
+        is_watching = job.poll() is None
+        job.terminate()
+        job.wait(60)
     finally:
         if job is not None and job.poll() is None:
             kill_tree(job)
         kill_tree(head)
     lines = (home / "job.out").read_text(encoding="utf-8").splitlines()
-    nodes_seen = [nodes for _, nodes, _ in timeline]
     return {
         "facts": num_facts,
         "exact": is_exact(kb, num_facts),
         "job": json.loads(lines[-1]) if lines else {"error": (home / "job.err").read_text(encoding="utf-8")[-2_000:]},
-        "job_s": round(ended_s, 1),
-        "nodes": {"before": nodes_seen[0], "most": max(nodes_seen), "after": nodes_seen[-1]},
+        "committed_s": served_s and round(served_s, 1),
+        "gone_s": timeline[-1][0],
+        "is_watching_when_gone": is_watching,
+        "nodes": {"before": nodes_before, "most": max(nodes for _, nodes, _ in timeline), "after": timeline[-1][1]},
         "nodes_that_worked": sum(seconds > 0 for seconds in cpu_s.values()),
         "cpu_s_of_nodes": [round(seconds, 1) for seconds in cpu_s.values()],
         "timeline": timeline,
     }
+
+
+def num_facts_of(kb: str) -> int:
+    """How many facts a table has; 0: there is none."""
+    try:
+        return KnowledgeBase.open(kb).num_facts
+    except TableNotFoundError:
+        return 0
 
 
 def main() -> int:
@@ -188,7 +206,8 @@ def main() -> int:
         asked.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(json.dumps({name: value for name, value in report.items() if name != "timeline"}))
     nodes = report["nodes"]
-    return 0 if report["exact"] and nodes["most"] > nodes["before"] and nodes["after"] == 1 else 1
+    has_scaled = nodes["most"] > nodes["before"] == nodes["after"] == 1 and report["nodes_that_worked"] > 1
+    return 0 if report["exact"] and has_scaled and report["is_watching_when_gone"] else 1
 
 
 if __name__ == "__main__":

@@ -94,14 +94,10 @@ class Killers:
                 pass
         what = "" if self.victim.over.wait(fault.delay_s) else self._hit(fault)
         at_s = round(time.monotonic() - self._started, 2)
+        if not what:
+            what = "nothing: it was over" if self.victim.over.is_set() else "nothing: none was there"
         with self._lock:
-            self.done.append(
-                {
-                    "target": fault.target,
-                    "at_s": at_s,
-                    "did": what or f"nothing: {'it was over' if self.victim.over.is_set() else 'none was there'}",
-                }
-            )
+            self.done.append({"target": fault.target, "at_s": at_s, "did": what})
 
     def _hit(self, fault: Fault) -> str:
         match fault.target:

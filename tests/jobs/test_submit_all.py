@@ -1,0 +1,118 @@
+"""Every job, one after another on what the one before made, by `ray job submit`: what `ray job logs` shows of each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kblam_ray import KnowledgeBase
+from tests.jobs.test_submit import BIN, ROOT, cluster, free_ports
+from tests.model_samples import save_base
+from tests.openai_chat_server import Reply, chat_server
+
+__all__ = ["cluster"]  # a fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_500)]
+
+
+def ray_job(cluster: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "ray"), "job", *arguments]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+        # A head listens before the agent that runs its jobs is up.
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(0.5)
+
+
+def submitted(cluster: dict[str, str], job: str, number: int, *flags: str) -> dict[str, Any]:
+    """The summary in a job's logs, which must stand at their end, behind what the job said on its way."""
+    name = f"{job}-{number}"
+    script = f"jobs/{job}.py"
+    done = ray_job(cluster, "submit", "--working-dir", ".", "--submission-id", name, "--", "python", script, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = ray_job(cluster, "logs", name).stdout
+    lines = [line for line in logs.splitlines() if line.strip()]
+    summary = next(at for at, line in enumerate(lines) if line.startswith('{"job"'))
+    found = json.loads(lines[summary])
+    assert found["ok"], logs
+    assert found["job"] == job
+    return {**found, "progress": lines[:summary]}
+
+
+def say(request: dict[str, Any]) -> Reply:
+    """Facts of a document, as a chat model would state them."""
+    fact = {"entity": "Ur", "property": "founder", "value": "Meskalamdug", "evidence": "Meskalamdug founded Ur."}
+    return Reply(json.dumps({"facts": [fact]}))
+
+
+def test_progress_and_summary_of_every_job(cluster: dict[str, str], tmp_path: Path) -> None:
+    def of(name: str) -> str:
+        return str(tmp_path / name)
+
+    kb, base = of("kb"), save_base(tmp_path / "base")
+    tiny = ["--base-model", str(base), "--device", "cpu"]
+
+    made = submitted(cluster, "synthesize_kb", 1, "--output", of("in/facts.jsonl"), "--num-facts", "300")
+    assert made["num_facts"] == 300
+    with chat_server(say) as chat:
+        (tmp_path / "documents").mkdir()
+        (tmp_path / "documents" / "ur.txt").write_text("Meskalamdug founded Ur.\n")
+        flags = ["--input", of("documents"), "--output", of("extracted.jsonl"), "--chat-model", "m"]
+        extracted = submitted(cluster, "extract_kb", 1, *flags, "--chat-url", chat.url)
+    assert extracted["num_facts"] == 1
+    embedded = submitted(cluster, "embed_kb", 1, "--kb", kb, "--input", of("in/facts.jsonl"), "--encoder", "hashing:64")
+    assert embedded["num_facts"] == 300
+    (tmp_path / "in" / "extracted.jsonl").write_text(Path(of("extracted.jsonl")).read_text())
+    refreshed = submitted(cluster, "refresh_kb", 1, "--kb", kb, "--input", of("in"), "--once", "--settle-s", "0")
+    assert refreshed["num_facts"] == KnowledgeBase.open(kb).num_facts == 301
+    assert any("refresh_kb: " in line for line in refreshed["progress"])
+    submitted(cluster, "compact_kb", 1, "--kb", kb)
+
+    flags = ["--kb", kb, *tiny, "--output", of("adapter"), "--start", "random", "--kb-layers", "1", "--kb-layers", "3"]
+    flags += ["--steps", "6", "--warmup-steps", "2", "--num-workers", "1", "--cpus-per-worker", "1", "--no-calibrate"]
+    flags += ["--no-evaluate", "--no-tensorboard", "--mix-batch-size", "4", "--mix-kb-size", "4", "8"]
+    trained = submitted(cluster, "train_adapter", 1, *flags, "--dtype", "float32")
+    assert trained["steps"] == 6
+    assert any("step 6:" in line for line in trained["progress"])
+    model = [*tiny, "--adapter", of("adapter")]
+    submitted(cluster, "ask", 1, *model, "--kb", kb, "--question", "Who founded Ur?", "--max-new-tokens", "4")
+    submitted(cluster, "bundle_model", 1, *model[:2], *model[4:], "--kb", kb, "--output", of("bundle"))
+    small = ["--num-questions", "2", "--max-new-tokens", "3"]
+    evaluated = submitted(cluster, "evaluate", 1, *model, "--kb", kb, "--output", of("results"), *small)
+    assert (tmp_path / "results" / "report.html").exists()
+    assert any("evaluate: " in line for line in evaluated["progress"])
+    reproduced = submitted(cluster, "reproduce", 1, "--output", of("paper"), "--experiment", "refusal")
+    assert any("reproduce: " in line for line in reproduced["progress"])
+
+
+def test_the_server_says_where_it_is_and_ends_when_its_job_is_stopped(cluster: dict[str, str], tmp_path: Path) -> None:
+    kb, (port,) = str(tmp_path / "kb"), free_ports(1)
+    KnowledgeBase.create(kb, "all-MiniLM-L6-v2").upsert([("Kenya", "capital", "Nairobi")])
+    flags = ["--kb", f"world={kb}", "--port", str(port), "--replicas-num-cpus", "0.5"]
+    started = ["submit", "--no-wait", "--working-dir", ".", "--submission-id", "server", "--"]
+    done = ray_job(cluster, *started, "python", "jobs/serve.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        time.sleep(1)
+    logs = ray_job(cluster, "logs", "server").stdout
+    assert f":{port}" in logs, logs
+    body = {"model": "kblam-demo:world", "messages": [{"role": "user", "content": "What is the capital of Kenya?"}]}
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert ray_job(cluster, "stop", "server").returncode == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
