@@ -60,36 +60,56 @@ def kill_tree(process: subprocess.Popen[Any]) -> int:
 class Endpoint:
     """The S3 endpoint, and a door in front of it that can be shut.
 
+    Args:
+        journal: the file that the endpoint keeps, from one process of it to the next.
+
     Attributes:
         address: of the door, for all that is tested.
         direct: of the endpoint itself, for who sets up and checks.
     """
 
-    def __init__(self) -> None:
-        port = free_port()
-        self.direct = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "endpoint.py"), str(port)],
+    def __init__(self, journal: Path) -> None:
+        self._port, self._journal = free_port(), journal
+        self._hurting = threading.Lock()
+        self.direct = f"http://127.0.0.1:{self._port}"
+        self.process = self._start()
+        self._gate = Gate(self._port)
+        self.address = f"http://127.0.0.1:{self._gate.port}"
+        self._gate.open()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "endpoint.py"), str(self._port), str(self._journal)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._gate = Gate(port)
-        self.address = f"http://127.0.0.1:{self._gate.port}"
-        wait_for_port(port, self.process)
-        self._gate.open()
+        wait_for_port(self._port, process)
+        return process
+
+    def kill(self, seconds: float) -> None:
+        """SIGKILL it, whatever it is doing, and start it again after a while with what it had answered for."""
+        with self._hurting:
+            self.process.kill()
+            self.process.wait()
+            self._gate.shut()
+            time.sleep(seconds)
+            self.process = self._start()
+            self._gate.open()
 
     def cut(self, seconds: float) -> None:
         """Break all connections, whatever is on its way in them, and take none for a while."""
-        self._gate.shut()
-        time.sleep(seconds)
-        self._gate.open()
+        with self._hurting:
+            self._gate.shut()
+            time.sleep(seconds)
+            self._gate.open()
 
     def pause(self, seconds: float) -> None:
         """Stand still for a while: requests are taken and not answered."""
-        self.process.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        self.process.send_signal(signal.SIGCONT)
+        with self._hurting:
+            self.process.send_signal(signal.SIGSTOP)
+            time.sleep(seconds)
+            self.process.send_signal(signal.SIGCONT)
 
     def client(self) -> Any:
         """A boto3 client that goes past the door."""
@@ -104,8 +124,9 @@ class Endpoint:
         )
 
     def stop(self) -> None:
-        self._gate.shut()
-        kill_tree(self.process)
+        with self._hurting:
+            self._gate.shut()
+            kill_tree(self.process)
 
 
 class Cluster:
@@ -125,7 +146,7 @@ class Cluster:
         self.home = Path(tempfile.mkdtemp(prefix="chaos-"))
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
-        self.endpoint = Endpoint()
+        self.endpoint = Endpoint(self.home / "objects")
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -1,23 +1,75 @@
-"""An S3 endpoint in a process of its own: `python endpoint.py PORT`; one request that changes something at a time.
+"""An S3 endpoint that can be killed, in a process of its own: `python endpoint.py PORT JOURNAL`.
 
-A real store never keeps half of an upload and decides one by one who is first with a conditional put. The server that
-stands in for it here does neither by itself, so both are seen to before a request reaches it.
+A real store never keeps half of an upload, decides one by one who is first with a conditional put, and has what it
+acknowledged when it is back. The server that stands in for it here does none of that by itself. So bodies are read
+whole before a request reaches it, changes wait for each other, and what a change left behind stands in a journal
+before it is answered; the next process begins with that. Multipart uploads that were not finished die with a process.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 import threading
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 
 
-class OneAtATime:
-    """A WSGI application in front of another: bodies are read whole, and changes wait for each other."""
+class Journal:
+    """A file of buckets and of objects as each change left them; a last record that was cut off is none.
 
-    def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
-        self._application = application
+    Args:
+        path: of the file, there or not; what it says is put into the server's memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._store = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                whole = self._replay(file)
+        self._file = path.open("r+b" if path.exists() else "wb")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def _replay(self, file: BinaryIO) -> int:
+        whole = 0
+        while True:
+            try:
+                bucket, name, kept = pickle.load(file)
+            except (EOFError, pickle.UnpicklingError):
+                return whole
+            whole = file.tell()
+            if bucket not in self._store.buckets:
+                self._store.create_bucket(bucket, "us-east-1")
+            if name is None:
+                continue
+            keys = self._store.buckets[bucket].keys
+            if name in keys:
+                keys.pop(name)
+            if kept is not None:
+                keys[name] = kept
+
+    def add(self, bucket: str, names: Iterable[str | None]) -> None:
+        """Keep what there is now under these names of a bucket; None: that there is the bucket."""
+        keys = self._store.buckets[bucket].keys
+        for name in names:
+            pickle.dump((bucket, name, name and keys.get(name)), self._file)
+        # The process is what dies here, not the machine: the operating system's memory will do.
+        self._file.flush()
+
+
+class Careful:
+    """A WSGI application in front of another: whole bodies, one change at a time, each kept before it is answered."""
+
+    def __init__(self, application: Callable[..., Iterable[bytes]], journal: Journal) -> None:
+        self._application, self._journal = application, journal
         self._changing = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -35,11 +87,32 @@ class OneAtATime:
             return [b""]
         environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
         environ.pop("HTTP_TRANSFER_ENCODING", None)
+        told: list[str] = []
+
+        def note(status: str, headers: Any, *rest: Any) -> Any:
+            told.append(status)
+            return start_response(status, headers, *rest)
+
         with self._changing:
-            return self._application(environ, start_response)
+            answer = list(self._application(environ, note))
+            if told and told[0].startswith("2"):
+                self._keep(environ, body)
+        return answer
+
+    def _keep(self, environ: dict[str, Any], body: bytes) -> None:
+        # WSGI gives the bytes of a path as Latin-1.
+        path = environ["PATH_INFO"].encode("latin-1").decode()
+        bucket, _, name = path.lstrip("/").partition("/")
+        if name:
+            self._journal.add(bucket, [name])
+        elif environ["REQUEST_METHOD"] == "PUT":
+            self._journal.add(bucket, [None])
+        else:  # many deletions in one request
+            found = ET.fromstring(body).iter()
+            self._journal.add(bucket, [element.text for element in found if element.tag.endswith("Key")])
 
 
-def main(port: int) -> None:
+def main(port: int, journal: Path) -> None:
     """Serve on loopback until the process ends."""
     import logging
 
@@ -48,9 +121,9 @@ def main(port: int) -> None:
 
     WSGIRequestHandler.protocol_version = "HTTP/1.1"  # one connection, and one thread, for many requests
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    application = OneAtATime(DomainDispatcherApplication(create_backend_app))
+    application = Careful(DomainDispatcherApplication(create_backend_app), Journal(journal))
     run_simple("127.0.0.1", port, application, threaded=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

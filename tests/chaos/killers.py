@@ -11,15 +11,16 @@ from typing import Protocol
 from tests.chaos.cluster import Cluster
 
 TARGETS = {
-    "embed": ["worker", "node", "driver", "writer", "cut", "pause"],
-    "refresh": ["driver", "driver", "driver", "worker", "node", "writer", "writer", "cut", "cut", "pause", "pause"],
-    "train": ["worker", "node", "driver", "writer", "cut", "pause"],
-    "serve": ["replica", "part", "node", "driver", "cut", "pause"],
+    "embed": ["worker", "node", "driver", "writer", "store", "cut", "pause"],
+    "refresh": ["driver", "driver", "driver", "worker", "node", "writer", "writer", "store", "store", "cut", "pause"],
+    "train": ["worker", "node", "driver", "writer", "store", "cut", "pause"],
+    "serve": ["replica", "replica", "part", "node", "driver", "store", "cut", "pause"],
 }
-"""What each workload loses. `cut` and `pause` hit the S3 endpoint, `part` a process of the server beside the replicas,
-`writer` the program that writes to the same table. A refresh does most of its work in its own process."""
+"""What each workload loses. `store` is the S3 endpoint itself, `cut` the way to it, `pause` its answers for a while;
+`part` is a process of the server beside the replicas, `writer` the program that writes to the same table. A refresh
+does most of its work in its own process."""
 
-LONGEST_OUTAGE_S = {"cut": 4.0, "pause": 6.0}
+LONGEST_OUTAGE_S = {"store": 2.0, "cut": 4.0, "pause": 6.0}
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ class Killers:
                 return self.victim.kill_driver()
             case "writer":
                 return self.victim.kill_writer()
+            case "store":
+                self.cluster.endpoint.kill(fault.outage_s)
+                return f"the S3 endpoint, away for {fault.outage_s} s and its start"
             case "cut":
                 self.cluster.endpoint.cut(fault.outage_s)
                 return f"S3 cut off for {fault.outage_s} s"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from botocore.exceptions import ClientError
 
-from tests.chaos.cluster import Cluster
+from tests.chaos.cluster import Cluster, Endpoint
 from tests.chaos.model import Model, generations_in, rows_of
 from tests.chaos.run import run_seed, workload_of
 from tests.chaos.serve import Serve
@@ -40,6 +41,33 @@ def test_nothing_is_lost(cluster, seed, workload):
 def test_nothing_is_lost_with_other_seeds(cluster, seed):
     verdict = run_seed(cluster, seed, workload_of(seed))
     assert verdict["ok"], verdict
+
+
+def test_the_endpoint_is_killed_and_has_what_it_answered_for(tmp_path):
+    endpoint = Endpoint(tmp_path / "objects")
+    try:
+        s3 = endpoint.client()
+        s3.create_bucket(Bucket="bucket")
+        for name in ("kept é+%", "gone", "gone too", "parts"):
+            s3.put_object(Bucket="bucket", Key=name, Body=name.encode())
+        s3.delete_object(Bucket="bucket", Key="gone")
+        s3.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": "gone too"}]})
+        upload = {"Bucket": "bucket", "Key": "parts", "UploadId": ""}
+        upload["UploadId"] = s3.create_multipart_upload(Bucket="bucket", Key="parts")["UploadId"]
+        part = s3.upload_part(**upload, PartNumber=1, Body=b"x" * 6_000_000)["ETag"]
+        s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": [{"ETag": part, "PartNumber": 1}]})
+        before = s3.list_objects_v2(Bucket="bucket")["Contents"]
+        for _ in range(2):
+            endpoint.kill(0)
+            with (tmp_path / "objects").open("ab") as journal:
+                journal.write((tmp_path / "objects").read_bytes()[:30])  # a record that the next kill has cut off
+            assert s3.list_objects_v2(Bucket="bucket")["Contents"] == before
+        assert [found["Key"] for found in before] == ["kept é+%", "parts"]
+        assert s3.get_object(Bucket="bucket", Key="kept é+%")["Body"].read() == "kept é+%".encode()
+        with pytest.raises(ClientError, match="PreconditionFailed"):
+            s3.put_object(Bucket="bucket", Key="parts", Body=b"", IfNoneMatch="*")
+    finally:
+        endpoint.stop()
 
 
 @pytest.fixture

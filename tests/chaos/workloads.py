@@ -186,10 +186,11 @@ class Workload:
 
         def look() -> None:
             while not self.over.wait(0.5):
-                found = self.s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=more_than + 1)
-                if found.get("KeyCount", 0) > more_than:
-                    self.progress.set()
-                    return
+                with suppress(Exception):  # the endpoint is away
+                    found = self.s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=more_than + 1)
+                    if found.get("KeyCount", 0) > more_than:
+                        self.progress.set()
+                        return
 
         threading.Thread(target=look, daemon=True).start()
 
@@ -197,7 +198,7 @@ class Workload:
         """An object of facts, past the door that is shut now and then: it is there, whole."""
         body = "".join(json.dumps({"entity": e, "property": p, "value": v}) + "\n" for e, p, v in rows)
         while True:
-            with suppress(Exception):  # the endpoint stands still
+            with suppress(Exception):  # the endpoint is away or stands still
                 self.s3.put_object(Bucket=self.bucket, Key=key, Body=body.encode())
                 return
 
