@@ -115,10 +115,12 @@ def main() -> int:
     until = time.monotonic() + 60 * asked.minutes
     cluster = Cluster()
     try:
-        for seed in range(asked.first, asked.first + asked.seeds):
+        seeds = range(asked.first, asked.first + asked.seeds)
+        named = [(workload_of(seed, asked.workload or WORKLOADS), seed) for seed in seeds]
+        # The server stays when its first run is over, and would be hit, and start again, beside all that follows.
+        for name, seed in sorted(named, key=lambda one: one[0] == "serve"):
             if time.monotonic() > until:
                 break
-            name = workload_of(seed, asked.workload or WORKLOADS)
             verdict = run_seed(cluster, seed, name, asked.keep)
             verdicts.append(verdict)
             line = json.dumps(verdict)
