@@ -15,6 +15,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,15 @@ def say(**what: Any) -> None:
 
 
 def write(uri: str, group: str, first: int, encoder: str, seed: int, stop: threading.Event) -> None:
-    """One generation after another; the same again where it is not known whether it was written."""
+    """One generation after another, now and then none of it; the same again where it is not known what was written."""
     generator, loaded = random.Random(seed), load_encoder(encoder)
     generation = first
     while not stop.wait(generator.uniform(0.3, 1.5)):
-        say(issued=generation, group=group)
+        absent = generation % 5 == 0
+        say(issued=generation, group=group, absent=absent)
         try:
-            version = _open_or_create(uri, loaded).write(rows_of(group, generation)).version
+            kb, rows = _open_or_create(uri, loaded), rows_of(group, generation)
+            version = (kb.remove([row[:2] for row in rows]) if absent else kb.write(rows)).version
         except StorageError as error:
             say(failed=generation, error=str(error))
             continue
@@ -65,16 +68,16 @@ def _open_or_create(uri: str, encoder: Encoder) -> KnowledgeBase:
 
 
 def read(uri: str, seed: int, stop: threading.Event) -> None:
-    """The newest version if it is a new one, else an earlier one again; what the store does not give is passed over."""
-    generator, seen, encoder = random.Random(seed), [], None
+    """The newest version if it is a new one, else one that was passed over, or one again; the store may fail."""
+    generator, seen = random.Random(seed), set[int]()
     while not stop.wait(0.8):
         try:
             kb = KnowledgeBase.open(uri)
             assert kb.version is not None
-            if kb.version in seen and generator.random() < 0.6:
-                kb = KnowledgeBase.open(uri, generator.choice(seen))
-            encoder = encoder or load_encoder(kb.encoder.name)
-            report = read_version(kb, encoder)
+            if kb.version in seen and generator.random() < 0.8:
+                passed_over = sorted(set(range(kb.version)) - seen)
+                kb = KnowledgeBase.open(uri, generator.choice(passed_over or sorted(seen)))
+            report = read_version(kb)
         except TableNotFoundError as error:
             if seen:
                 say(problems=[f"a table that was there is not found: {error}"])
@@ -85,14 +88,13 @@ def read(uri: str, seed: int, stop: threading.Event) -> None:
         except Exception as error:  # noqa: BLE001 - whatever else a reader meets is a finding
             say(problems=[f"a reader met {type(error).__name__}: {error}"])
             continue
-        if report["version"] not in seen:
-            seen.append(report["version"])
+        seen.add(report["version"])
         say(**report)
 
 
-def read_version(kb: KnowledgeBase, encoder: Encoder) -> dict[str, Any]:
+def read_version(kb: KnowledgeBase) -> dict[str, Any]:
     """What a version shows, and what is wrong with it by itself: its facts, and their embeddings."""
-    snapshot = kb.snapshot()
+    snapshot, encoder = kb.snapshot(), _encoder(kb.encoder.name)
     rows: list[Row] = [(f["entity"], f["property"], f["value"]) for f in snapshot.facts.to_pylist()]
     groups, problems = generations_in(rows)
     if len(np.unique(snapshot.fact_ids_M)) != len(rows):
@@ -105,6 +107,11 @@ def read_version(kb: KnowledgeBase, encoder: Encoder) -> dict[str, Any]:
         if not np.allclose(found, wanted, atol=2e-3):
             problems.append(f"{entity} has embeddings of something else")
     return {"version": kb.version, "groups": groups, "problems": [f"version {kb.version}: {p}" for p in problems]}
+
+
+@cache
+def _encoder(name: str) -> Encoder:
+    return load_encoder(name)
 
 
 def main(arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 A real store never keeps half of an upload, decides one by one who is first with a conditional put, and has what it
 acknowledged when it is back. The server that stands in for it here does none of that by itself. So bodies are read
-whole before a request reaches it, changes wait for each other, and what a change left behind stands in a journal
+whole before a request reaches it, requests wait for each other, and what a change left behind stands in a journal
 before it is answered; the next process begins with that. Multipart uploads that were not finished die with a process.
 """
 
@@ -66,23 +66,21 @@ class Journal:
 
 
 class Careful:
-    """A WSGI application in front of another: whole bodies, one change at a time, each kept before it is answered."""
+    """A WSGI application in front of another: whole bodies, one request at a time, changes kept before an answer."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]], journal: Journal) -> None:
         self._application, self._journal = application, journal
-        self._changing = threading.Lock()
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-            return self._application(environ, start_response)
         announced = environ.get("CONTENT_LENGTH")
         is_chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "")
         try:
             # Without either there is no body, and reading would wait for the client's next request.
             body = environ["wsgi.input"].read(int(announced or -1)) if announced or is_chunked else b""
         except OSError:
-            body = b""
-        if announced and len(body) < int(announced):
+            body = None
+        if body is None or len(body) < int(announced or 0):
             start_response("400 Bad Request", [("Content-Length", "0")])
             return [b""]
         environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
@@ -93,7 +91,8 @@ class Careful:
             told.append(status)
             return start_response(status, headers, *rest)
 
-        with self._changing:
+        # Reads wait, too: what is not in the journal yet must not be seen.
+        with self._one_at_a_time:
             answer = list(self._application(environ, note))
             if told and told[0].startswith("2"):
                 self._keep(environ, body)
@@ -103,13 +102,14 @@ class Careful:
         # WSGI gives the bytes of a path as Latin-1.
         path = environ["PATH_INFO"].encode("latin-1").decode()
         bucket, _, name = path.lstrip("/").partition("/")
-        if name:
-            self._journal.add(bucket, [name])
-        elif environ["REQUEST_METHOD"] == "PUT":
-            self._journal.add(bucket, [None])
-        else:  # many deletions in one request
-            found = ET.fromstring(body).iter()
-            self._journal.add(bucket, [element.text for element in found if element.tag.endswith("Key")])
+        match environ["REQUEST_METHOD"], bool(name):
+            case (("PUT" | "POST" | "DELETE"), True):
+                self._journal.add(bucket, [name])
+            case "PUT", False:
+                self._journal.add(bucket, [None])
+            case "POST", False:  # many deletions in one request
+                found = ET.fromstring(body).iter()
+                self._journal.add(bucket, [element.text for element in found if element.tag.endswith("Key")])
 
 
 def main(port: int, journal: Path) -> None:

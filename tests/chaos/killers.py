@@ -84,21 +84,29 @@ class Killers:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def are_due(self) -> bool:
+        """Whether blows are still to come or under way."""
+        return any(thread.is_alive() for thread in self._threads)
+
     def join(self, timeout_s: float = 60.0) -> None:
         """Wait for all blows; those that were to come after the workload's end do not come."""
         for thread in self._threads:
             thread.join(timeout_s)
 
     def _strike(self, fault: Fault) -> None:
-        if fault.after_progress:
-            while not self.victim.progress.wait(0.05) and not self.victim.over.is_set():
-                pass
-        what = "" if self.victim.over.wait(fault.delay_s) else self._hit(fault)
-        at_s = round(time.monotonic() - self._started, 2)
-        if not what:
-            what = "nothing: it was over" if self.victim.over.is_set() else "nothing: none was there"
-        with self._lock:
-            self.done.append({"target": fault.target, "at_s": at_s, "did": what})
+        what = "nothing: it failed"
+        try:
+            if fault.after_progress:
+                while not self.victim.progress.wait(0.05) and not self.victim.over.is_set():
+                    pass
+            what = "" if self.victim.over.wait(fault.delay_s) else self._hit(fault)
+            if not what:
+                what = "nothing: it was over" if self.victim.over.is_set() else "nothing: none was there"
+        finally:
+            at_s = round(time.monotonic() - self._started, 2)
+            with self._lock:
+                self.done.append({"target": fault.target, "at_s": at_s, "did": what})
 
     def _hit(self, fault: Fault) -> str:
         match fault.target:
@@ -122,3 +130,8 @@ class Killers:
                 return f"S3 stood still for {fault.outage_s} s"
             case _:
                 return self.victim.kill_part(fault.target, fault.number)
+
+
+def is_hit(did: dict[str, object]) -> bool:
+    """Whether a blow hit something."""
+    return not str(did["did"]).startswith("nothing")

@@ -55,17 +55,23 @@ class Group:
 
     Attributes:
         issued: generations whose writing began.
-        doubtful: of these, those that were neither acknowledged nor refused, and may stand in the table or not.
+        absent: those of them that take the group away.
         acknowledged: the generations that were acknowledged, and the version that was named with each, if any.
     """
 
     issued: set[int] = field(default_factory=set)
-    doubtful: set[int] = field(default_factory=set)
+    absent: set[int] = field(default_factory=set)
     acknowledged: dict[int, int | None] = field(default_factory=dict)
 
-    def may_be(self, at_least: int) -> set[int]:
-        """What may be seen once `at_least` was acknowledged: that, anything later, and what is in doubt."""
-        return {generation for generation in self.issued if generation >= at_least} | self.doubtful
+    def may_show(self, at_least: int) -> set[int | None]:
+        """What may be seen once `at_least` was acknowledged (0: nothing was): that, or anything later.
+
+        An earlier one that is in doubt may not: it comes before, or not at all.
+        """
+        later = {
+            None if generation in self.absent else generation for generation in self.issued if generation >= at_least
+        }
+        return later if at_least else later | {None}
 
 
 class Model:
@@ -74,20 +80,23 @@ class Model:
     def __init__(self) -> None:
         self.groups: dict[str, Group] = defaultdict(Group)
 
-    def issue(self, group: str, generation: int) -> None:
-        """Its writing begins; it is in doubt until it is acknowledged."""
+    def issue(self, group: str, generation: int, *, absent: bool = False) -> None:
+        """Its writing begins, or its removal; it is in doubt until it is acknowledged."""
         self.groups[group].issued.add(generation)
-        self.groups[group].doubtful.add(generation)
+        if absent:
+            self.groups[group].absent.add(generation)
 
     def acknowledge(self, group: str, generation: int, version: int | None = None) -> None:
         """Its writer was told that it is durable, and in which version."""
-        known = self.groups[group]
-        known.acknowledged[generation] = version
-        known.doubtful.discard(generation)
+        self.groups[group].acknowledged[generation] = version
 
     @property
     def num_acknowledged(self) -> int:
         return sum(len(group.acknowledged) for group in self.groups.values())
+
+    @property
+    def num_in_doubt(self) -> int:
+        return sum(len(group.issued - group.acknowledged.keys()) for group in self.groups.values())
 
     def newest(self, group: str) -> int:
         """The newest generation of a group whose writing began; 0: none."""
@@ -97,12 +106,8 @@ class Model:
         """What is wrong with the table when nobody writes any more."""
         shown, problems = generations_in(rows)
         for group, known in self.groups.items():
-            newest = max(known.acknowledged, default=None)
-            found = shown.pop(group, None)
-            if newest is None:
-                if found is not None and found not in known.doubtful:
-                    problems.append(f"{group} shows {found}, which nobody wrote")
-            elif found not in {newest} | known.doubtful:
+            newest, found = max(known.acknowledged, default=0), shown.pop(group, None)
+            if found not in known.may_show(newest):
                 problems.append(f"{group} shows {found}; {newest} was acknowledged")
         return problems + [f"nobody wrote {group}" for group in shown]
 
@@ -110,18 +115,30 @@ class Model:
         """What is wrong with a version as it was read while others wrote."""
         problems = []
         for group, known in self.groups.items():
-            before = [g for g, at in known.acknowledged.items() if at is not None and at <= version]
-            found = shown.get(group)
-            if found is None:
-                if before:
-                    problems.append(f"version {version} lacks {group}, acknowledged in version {max(before)}")
-            elif found not in known.may_be(max(before, default=0)):
-                problems.append(f"version {version} shows {group} in {found}; {max(before)} was acknowledged before it")
+            before = max((g for g, at in known.acknowledged.items() if at is not None and at <= version), default=0)
+            if (found := shown.get(group)) not in known.may_show(before):
+                problems.append(f"version {version} shows {group} in {found}; {before} was acknowledged before it")
         strangers = set(shown) - set(self.groups)
         return problems + [f"version {version} shows {group}, which nobody wrote" for group in strangers]
 
+    def check_order(self, versions: dict[int, dict[str, int]]) -> list[str]:
+        """What is wrong with a row of versions: no group goes back, or goes where nobody took it away."""
+        problems = []
+        for group, known in self.groups.items():
+            least = 0
+            for version, shown in sorted(versions.items()):
+                found = shown.get(group)
+                if found is None and least:
+                    found = min((generation for generation in known.absent if generation >= least), default=None)
+                    if found is None:
+                        problems.append(f"version {version} lacks {group}, which was in {least}")
+                elif found is not None and found < least:
+                    problems.append(f"version {version} shows {group} in {found} after {least}")
+                least = max(least, found or 0)
+        return problems
+
     def check_reads(self, reads: Iterable[dict[str, Any]]) -> list[str]:
-        """What a reader reported: versions that were wrong, or that were not the same when read again."""
+        """What readers reported: versions that were wrong, that went back, or were not the same when read again."""
         problems: list[str] = []
         seen: dict[int, dict[str, int]] = {}
         for read in reads:
@@ -132,4 +149,4 @@ class Model:
                 problems.append(f"version {read['version']} was not the same when it was read again")
                 continue
             problems += self.check_read(read["version"], read["groups"])
-        return list(dict.fromkeys(problems))
+        return list(dict.fromkeys([*problems, *self.check_order(seen)]))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.cluster import Cluster
-from tests.chaos.killers import Killers, plan_faults
+from tests.chaos.killers import Killers, is_hit, plan_faults
 from tests.chaos.serve import Serve
 from tests.chaos.workloads import Embed, Refresh, Train, Workload
 
@@ -54,6 +54,7 @@ def run_seed(cluster: Cluster, seed: int, name: str, keep: Path | None = None) -
         workload.prepare()
         killers = Killers(cluster, workload, faults)
         killers.start()
+        workload.blows_are_due = lambda: killers is not None and killers.are_due
         workload.work()
         workload.over.set()
         killers.join()
@@ -64,6 +65,9 @@ def run_seed(cluster: Cluster, seed: int, name: str, keep: Path | None = None) -
         workload.close()
         if killers is not None:
             killers.join()
+    done = killers.done if killers else []
+    if killers and (len(done) != len(killers.faults) or any("failed" in str(blow["did"]) for blow in done)):
+        workload.problems.append(f"a blow failed: {done}")
     ok = not workload.problems
     if ok or keep is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +77,8 @@ def run_seed(cluster: Cluster, seed: int, name: str, keep: Path | None = None) -
         "seed": seed,
         "workload": name,
         "ok": ok,
-        "faults": killers.done if killers else [],
+        "hits": sum(map(is_hit, done)),
+        "faults": done,
         "problems": workload.problems,
         "notes": workload.notes,
         "wall_s": round(time.monotonic() - started, 1),
@@ -83,18 +88,18 @@ def run_seed(cluster: Cluster, seed: int, name: str, keep: Path | None = None) -
 
 def table_of(verdicts: list[dict[str, Any]]) -> str:
     """The verdicts, one line per workload, as Markdown."""
-    lines = ["| workload | runs | exact | kills and outages | acknowledged writes | versions read | reads | restarts |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| workload | runs | hit | exact | kills and outages | acknowledged writes | versions | reads | restarts |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for name in [*WORKLOADS, "all"]:
         of = [verdict for verdict in verdicts if name in (verdict["workload"], "all")]
         if not of:
             continue
-        hits = Counter(
-            fault["target"] for verdict in of for fault in verdict["faults"] if "nothing" not in fault["did"]
-        )
+        hits = Counter(fault["target"] for verdict in of for fault in verdict["faults"] if is_hit(fault))
         told = ", ".join(f"{count} {target}" for target, count in sorted(hits.items())) or "none"
-        sums = [sum(v.get(key, 0) for v in of) for key in ("acknowledged", "versions_read", "reads", "restarts")]
-        cells = [name, len(of), sum(verdict["ok"] for verdict in of), told, *sums]
+        sums = [sum(v.get(key, 0) for v in of) for key in ("acknowledged", "version", "reads", "restarts")]
+        cells = [name, len(of), sum(v["hits"] > 0 for v in of), sum(v["ok"] for v in of), told, *sums]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import random
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import httpx
 
 from kblam_ray import KnowledgeBase
 from tests.chaos.cluster import ROOT, Cluster, free_port
-from tests.chaos.model import rows_of
+from tests.chaos.model import generations_in, rows_of
 from tests.chaos.workloads import JOB_S, Program, Workload
 
 NUM_REPLICAS = 2
@@ -35,6 +36,7 @@ class Serve(Workload):
     span_s = 12.0
     encoder = "all-MiniLM-L6-v2"
     num_writes = 14
+    max_writes = 60
     _program: Program | None = None
     _port = 0
     _state = ""
@@ -92,31 +94,47 @@ class Serve(Workload):
                 said = Serve._program.error() if Serve._program else ""
                 raise AssertionError(f"not in {JOB_S} s: {what}: {said}")
             if Serve._program is None or Serve._program.process.poll() is not None:
-                self.notes.append(f"the server's job ended: {Serve._program.error()[-400:] if Serve._program else ''}")
+                ended = f"the server's job ended: {Serve._program.error()[-400:] if Serve._program else ''}"
+                (self.notes if "driver" in self.targets else self.problems).append(ended)
                 self._start_server()
             time.sleep(0.2)
 
     def work(self) -> None:
         self.start_reader()
-        asking = threading.Thread(target=self._ask_all_the_time, daemon=True)
-        asking.start()
+        beside = [
+            threading.Thread(target=self._all_the_time, args=(do,), daemon=True)
+            for do in (self._asked_well, self._seen)
+        ]
+        for thread in beside:
+            thread.start()
         self.progress.set()
         groups = ["served/4", "served/1", "served/60"]
-        facts = f"{self.address}/v1/knowledge_bases/written-{self.seed}/facts"
-        for _ in range(self.num_writes):
+        number = 0
+        while number < self.num_writes or (self.blows_are_due() and number < self.max_writes):
+            number += 1
             group = self.random.choice(groups)
             generation = self.model.newest(group) + 1
-            self.model.issue(group, generation)
-            rows = [{"entity": e, "property": p, "value": v} for e, p, v in rows_of(group, generation)]
-            self._await(lambda rows=rows, at=(group, generation): self._write(facts, rows, *at), "a write")
-            self._await(lambda at=(group, generation): self._is_read_back(facts, *at), "a fact that was written")
+            absent = generation % 5 == 0
+            self.model.issue(group, generation, absent=absent)
+            self._await(lambda one=(group, generation, absent): self._write(*one), "a write")
+            self._await(lambda one=(group, generation, absent): self._is_read_back(*one), "a fact that was written")
             time.sleep(self.random.uniform(0, 0.8))
         self._await(self._asked_well, "an answer at the end")
         self.over.set()
-        asking.join(90)
+        for thread in beside:
+            thread.join(90)
 
-    def _write(self, facts: str, rows: list[dict[str, str]], group: str, generation: int) -> bool:
-        answer = self.http.post(f"{facts}?wait=true", json={"facts": rows})
+    @property
+    def _facts(self) -> str:
+        return f"{self.address}/v1/knowledge_bases/written-{self.seed}/facts"
+
+    def _write(self, group: str, generation: int, absent: bool) -> bool:
+        rows = [{"entity": e, "property": p, "value": v} for e, p, v in rows_of(group, generation)]
+        if absent:
+            names = [{"entity": row["entity"], "property": row["property"]} for row in rows]
+            answer = self.http.post(f"{self._facts}/delete?wait=true", json={"facts": names})
+        else:
+            answer = self.http.post(f"{self._facts}?wait=true", json={"facts": rows})
         if answer.status_code == 200:
             self.model.acknowledge(group, generation, answer.json()["kb_version"])
             return True
@@ -124,14 +142,26 @@ class Serve(Workload):
             self.problems.append(f"a write was answered {answer.status_code}: {answer.text[:200]}")
         return False
 
-    def _is_read_back(self, facts: str, group: str, generation: int) -> bool:
+    def _is_read_back(self, group: str, generation: int, absent: bool) -> bool:
         entity, _, value = rows_of(group, generation)[-1]
-        answer = self.http.get(facts, params={"entity": entity})
+        answer = self.http.get(self._facts, params={"entity": entity})
         if answer.status_code != 200:
             return False
         found = [fact["value"] for fact in answer.json()["data"]]
-        if found != [value]:
-            self.problems.append(f"{entity} was acknowledged as {value} and read as {found}")
+        if found != ([] if absent else [value]):
+            self.problems.append(f"{entity} was acknowledged in {generation} and read as {found}")
+        return True
+
+    def _seen(self) -> bool:
+        """What a replica holds of the table that is written to, all of it and of one version."""
+        with httpx.Client(timeout=60) as http:
+            answer = http.get(self._facts, params={"limit": 1_000})
+        if answer.status_code != 200:
+            return False
+        page = answer.json()
+        groups, problems = generations_in([(fact["entity"], fact["property"], fact["value"]) for fact in page["data"]])
+        told = [f"a replica in version {page['kb_version']}: {problem}" for problem in problems]
+        self.reads.append({"version": page["kb_version"], "groups": groups, "problems": told})
         return True
 
     def _asked_well(self) -> bool:
@@ -148,12 +178,13 @@ class Serve(Workload):
             self.problems.append(f"a question was answered {answer.status_code}: {answer.text[:200]}")
         return False
 
-    def _ask_all_the_time(self) -> None:
+    def _all_the_time(self, do: Callable[[], bool]) -> None:
         while not self.over.wait(0.2):
             try:
-                self._asked_well()
-            except httpx.TransportError as error:
-                self.answers.append(type(error).__name__)
+                do()
+            except (httpx.TransportError, ValueError) as error:
+                if do == self._asked_well:
+                    self.answers.append(type(error).__name__)
 
     def kill_driver(self) -> str:
         if Serve._program is None or not Serve._program.kill():
@@ -169,6 +200,8 @@ class Serve(Workload):
 
     def finish(self) -> dict[str, Any]:
         found = super().finish()
+        if self.targets <= {"store", "cut", "pause"} and set(self.answers) != {"200"}:
+            self.problems.append(f"the store was away, and questions were answered {set(self.answers)}")
         counts = {status: self.answers.count(status) for status in sorted(set(self.answers))}
         return {**found, "answers": counts}
 

@@ -31,8 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_nothing_is_lost(cluster, seed, workload):
     verdict = run_seed(cluster, seed, workload)
     assert verdict["ok"], verdict
-    assert verdict["acknowledged"]
-    assert verdict["reads"]
+    assert min(verdict["hits"], verdict["acknowledged"], verdict["reads"]) > 0, verdict
 
 
 @pytest.mark.slow
@@ -80,7 +79,7 @@ def model() -> Model:
     return model
 
 
-def test_the_model_takes_what_was_acknowledged_and_what_is_in_doubt(model):
+def test_the_model_takes_what_was_acknowledged_and_what_came_after_it(model):
     assert model.check_end(rows_of("a/3", 1)) == model.check_end(rows_of("a/3", 2)) == []
     model.acknowledge("a/3", 2, 5)
     assert model.check_end(rows_of("a/3", 2)) == []
@@ -90,9 +89,31 @@ def test_the_model_takes_what_was_acknowledged_and_what_is_in_doubt(model):
     assert model.check_read(3, {})
 
 
+def test_the_model_does_not_take_what_was_in_doubt_before_what_was_acknowledged():
+    model = Model()
+    model.issue("a/3", 1)
+    model.issue("a/3", 2)
+    model.acknowledge("a/3", 2, 5)
+    assert model.num_in_doubt == 1
+    assert model.check_end(rows_of("a/3", 1))
+    assert model.check_read(6, {"a/3": 1})
+    assert model.check_read(4, {"a/3": 1}) == []
+
+
+def test_the_model_knows_what_was_taken_away(model):
+    model.issue("a/3", 3, absent=True)
+    assert model.check_end([]) == model.check_read(4, {}) == []
+    model.acknowledge("a/3", 3, 6)
+    assert model.check_end([]) == []
+    assert model.check_end(rows_of("a/3", 2)) == ["a/3 shows 2; 3 was acknowledged"]
+    assert model.check_read(7, {"a/3": 2})
+    model.issue("a/3", 4)
+    assert model.check_end(rows_of("a/3", 4)) == model.check_end([]) == []
+
+
 def test_the_model_sees_what_is_torn_lost_doubled_or_strange(model):
     one, two = rows_of("a/3", 1), rows_of("a/3", 2)
-    assert model.check_end(one[:2]) == ["torn: a/3 shows {1: 2}"]
+    assert model.check_end(one[:2])[0] == "torn: a/3 shows {1: 2}"
     assert "torn" in model.check_end([one[0], *two[1:]])[0]
     assert "a/3#0 appears twice" in model.check_end([*one, one[0]])
     assert model.check_end([]) == ["a/3 shows None; 1 was acknowledged"]
@@ -102,3 +123,20 @@ def test_the_model_sees_what_is_torn_lost_doubled_or_strange(model):
     again = [{"version": 4, "groups": {"a/3": g}, "problems": []} for g in (1, 2)]
     assert model.check_reads(again) == ["version 4 was not the same when it was read again"]
     assert model.check_reads([{"problems": ["torn"]}]) == ["torn"]
+
+
+def test_the_model_sees_what_goes_back_or_goes_away_though_nothing_was_acknowledged():
+    model = Model()
+    for generation in (1, 2):
+        model.issue("a/3", generation)
+
+    def problems(*shown):
+        reads = [{"version": at, "groups": {"a/3": g} if g else {}, "problems": []} for at, g in enumerate(shown)]
+        return model.check_reads(reads)
+
+    assert problems(None, 1, 1, 2) == problems(2, 2) == []
+    assert problems(2, 1) == ["version 1 shows a/3 in 1 after 2"]
+    assert problems(1, None, 1)[0] == "version 1 lacks a/3, which was in 1"
+    model.issue("a/3", 3, absent=True)
+    assert problems(1, None) == problems(2, None, None) == []
+    assert problems(1, None, 2) == ["version 2 shows a/3 in 2 after 3"]

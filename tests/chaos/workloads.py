@@ -9,20 +9,30 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import BotoCoreError, ClientError
+from deltalake import DeltaTable
+
 from kblam_ray import KnowledgeBase
 from kblam_ray.errors import StorageError, TableNotFoundError
+from kblam_ray.storage import delta_storage_options
+from tests.chaos.actors import read_version
 from tests.chaos.cluster import ROOT, Cluster, kill_tree
-from tests.chaos.model import Model, Row, rows_of
+from tests.chaos.model import Model, Row, generations_in, rows_of
 
 ENCODER = "hashing:16"
 JOB_S = 240
 """A job that takes longer hangs."""
 
 MAX_TRIES = 6
+MAX_ROUNDS = 4
+EXCUSES = {"storage_failed", "ray_unavailable", "training_failed"}
+"""What a job may say when what it needs was taken from it; anything else is a fault of its own."""
+
 WRITER = "writer/5"
 
 
@@ -74,8 +84,10 @@ class Workload:
     Attributes:
         model: what is known of the table.
         problems: what went wrong beside what the model finds.
+        reads: versions as this process read them, in the words of `actors.read_version`.
         targets: what is going to be hit.
-    has_writer: whether the program that writes beside it runs.
+        blows_are_due: whether some of it is still to come: until then there must be work that can be hit.
+        has_writer: whether the program that writes beside it runs.
         notes: how jobs ended that were run again.
         progress, over: set at the first sign of work, and at its end.
     """
@@ -93,6 +105,7 @@ class Workload:
         self.model, self.problems, self.notes = Model(), list[str](), list[str]()
         self.progress, self.over = threading.Event(), threading.Event()
         self.restarts = 0
+        self.blows_are_due: Callable[[], bool] = lambda: False
         self.drivers: list[Program] = []
         self._lock = threading.RLock()
         self.s3 = cluster.endpoint.client()
@@ -100,6 +113,7 @@ class Workload:
         self.s3.create_bucket(Bucket=self.bucket)
         self.kb = f"s3://{self.bucket}/kb"
         self._writers: list[Program] = []
+        self.reads: list[dict[str, Any]] = []
         self._num_programs = 0
         self.reader: Program | None = None
 
@@ -132,8 +146,8 @@ class Workload:
     def _note_writes(self) -> None:
         for writer in self._writers:
             for line in writer.lines():
-                if "issued" in line and line["issued"] not in self.model.groups[line["group"]].acknowledged:
-                    self.model.issue(line["group"], line["issued"])
+                if "issued" in line:
+                    self.model.issue(line["group"], line["issued"], absent=line["absent"])
                 elif "acknowledged" in line:
                     self.model.acknowledge(line["group"], line["acknowledged"], line["version"])
 
@@ -176,8 +190,8 @@ class Workload:
             if driver.process.returncode > 0:
                 code = lines[-1]["error"]["code"] if lines and lines[-1].get("error") else "no summary"
                 self.notes.append(f"a job ended with {driver.process.returncode}, {code}: {driver.error()[-300:]}")
-                if driver.process.returncode == 2:  # it blames its input
-                    self.problems.append(f"a job ended with {code}: {driver.error()}")
+                if code not in EXCUSES:
+                    self.problems.append(f"a job ended with {driver.process.returncode}, {code}: {driver.error()}")
                 self.restarts += 1
         self.problems.append(f"a job did not succeed in {MAX_TRIES} tries: {self.drivers[-1].error()}")
 
@@ -186,7 +200,7 @@ class Workload:
 
         def look() -> None:
             while not self.over.wait(0.5):
-                with suppress(Exception):  # the endpoint is away
+                with suppress(BotoCoreError, ClientError):  # the endpoint is away
                     found = self.s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=more_than + 1)
                     if found.get("KeyCount", 0) > more_than:
                         self.progress.set()
@@ -195,11 +209,19 @@ class Workload:
         threading.Thread(target=look, daemon=True).start()
 
     def put(self, key: str, rows: list[Row]) -> None:
-        """An object of facts, past the door that is shut now and then: it is there, whole."""
+        """An object of facts: it is there, whole. No facts: there is no such object any more."""
         body = "".join(json.dumps({"entity": e, "property": p, "value": v}) + "\n" for e, p, v in rows)
+        deadline = time.monotonic() + JOB_S
         while True:
-            with suppress(Exception):  # the endpoint is away or stands still
-                self.s3.put_object(Bucket=self.bucket, Key=key, Body=body.encode())
+            try:
+                if rows:
+                    self.s3.put_object(Bucket=self.bucket, Key=key, Body=body.encode())
+                else:
+                    self.s3.delete_object(Bucket=self.bucket, Key=key)
+            except (BotoCoreError, ClientError):  # the endpoint is away or stands still
+                assert time.monotonic() < deadline, "the S3 endpoint does not come back"
+                time.sleep(0.1)
+            else:
                 return
 
     def table(self, version: int | None = None) -> tuple[int, list[Row]]:
@@ -216,25 +238,32 @@ class Workload:
             elif writer.process.returncode > 0:
                 self.problems.append(f"the writer failed: {writer.error()}")
         self._note_writes()
-        version, rows = self.table()
+        newest, rows = self.table()
         self.problems += self.model.check_end(rows)
+        if sorted(rows) != sorted(rows_by_the_rule(self.kb)):
+            self.problems.append("the live facts are others than those that the rule makes of the table's rows")
         reads: list[dict[str, Any]] = []
         if self.reader:
-            self._await_reader(version)
+            self._await_reader(newest)
             if not self.reader.stop(60):
                 self.problems.append("the reader hangs")
             elif self.reader.process.returncode:
                 self.problems.append(f"the reader failed: {self.reader.error()}")
             reads = self.reader.lines()
-            self.problems += self.model.check_reads(reads)
-        versions = {read["version"] for read in reads if "version" in read}
+        found = {read["version"] for read in reads if "version" in read}
+        # Those that it passed over can still be read, and must be as whole.
+        late = [
+            read_version(KnowledgeBase.open(self.kb, version)) for version in sorted(set(range(newest + 1)) - found)
+        ]
+        self.problems += self.model.check_reads([*reads, *self.reads, *late])
         return {
-            "version": version,
+            "version": newest,
             "num_facts": len(rows),
             "acknowledged": self.model.num_acknowledged,
-            "in_doubt": sum(len(group.doubtful) for group in self.model.groups.values()),
-            "reads": sum("version" in read for read in reads),
-            "versions_read": len(versions),
+            "in_doubt": self.model.num_in_doubt,
+            "reads": sum("version" in read for read in reads) + len(self.reads),
+            "versions_read": len(found),
+            "versions_read_late": len(late),
             "restarts": self.restarts,
         }
 
@@ -273,11 +302,15 @@ class Embed(Workload):
             self.start_writer()
         self.start_reader()
         self.watch_for("kb/_spool/")
-        jobs = [self._job(number) for number in range(self.random.choice([1, 1, 1, 2]))]
-        for thread in jobs:
-            thread.start()
-        for thread in jobs:
-            thread.join()
+        num_jobs = self.random.choice([1, 1, 1, 2])
+        for turn in range(MAX_ROUNDS):
+            jobs = [self._job(turn * num_jobs + number) for number in range(num_jobs)]
+            for thread in jobs:
+                thread.start()
+            for thread in jobs:
+                thread.join()
+            if not self.blows_are_due():
+                break
 
     def _job(self, number: int) -> threading.Thread:
         groups = [f"embed-{number}-{part}/{self.random.choice([40, 400, 900])}" for part in range(2)]
@@ -297,35 +330,38 @@ class Embed(Workload):
 
 
 class Refresh(Workload):
-    """`jobs/refresh_kb.py` that watches an S3 prefix whose objects change, and is started again when it is killed."""
+    """`jobs/refresh_kb.py` that watches an S3 prefix whose objects change, and is started again when it is killed.
+
+    Where nobody else writes, objects may also go, and the table is to follow in that, too.
+    """
 
     name = "refresh"
     span_s = 10.0
     worker_title = "Map"
     num_files = 5
     num_edits = 8
+    max_edits = 60
 
     def prepare(self) -> None:
+        self.mode = "sync" if not self.has_writer and self.random.random() < 0.7 else "upsert"
         self.group_of = {f"in/{n}.jsonl": f"file-{n}/{self.random.choice([4, 12, 30])}" for n in range(self.num_files)}
         self.group_of["in/large.jsonl"] = "large/400"
-        for key in list(self.group_of)[:2]:
+        self.wanted: dict[str, int | None] = {}
+        for key in list(self.group_of)[:3]:
             self._edit(key)
 
-    def _edit(self, key: str) -> None:
+    def _edit(self, key: str, *, absent: bool = False) -> None:
         group = self.group_of[key]
         generation = self.model.newest(group) + 1
-        self.model.issue(group, generation)
-        self.put(key, rows_of(group, generation))
+        self.model.issue(group, generation, absent=absent)
+        self.put(key, [] if absent else rows_of(group, generation))
         # A file that is there counts as acknowledged: the refresh must take up the newest that there is of each.
-        self.wanted[group] = generation
-
-    def __init__(self, cluster: Cluster, seed: int, folder: Path) -> None:
-        super().__init__(cluster, seed, folder)
-        self.wanted: dict[str, int] = {}
+        self.wanted[group] = None if absent else generation
 
     def _start(self) -> Program:
         flags = ["--kb", self.kb, "--input", f"s3://{self.bucket}/in/", "--encoder", ENCODER, "--settle-s", "0"]
         flags += ["--poll-s", "1", "--vacuum-every-h", "0", "--compact-files", str(self.random.choice([3, 8]))]
+        flags += ["--mode", self.mode]
         # More texts than this go to the cluster's workers.
         return self.job("refresh_kb", *flags, "--small-texts", "300", "--num-workers", "2")
 
@@ -337,10 +373,15 @@ class Refresh(Workload):
             self.start_writer()
         self.watch_for("kb/_delta_log/", 1)
         needs_workers = bool(self.targets & {"worker", "node"}) or self.random.random() < 0.15
-        large_at = self.random.randrange(self.num_edits // 2) if needs_workers else None
-        for number in range(self.num_edits):
-            keys = list(self.group_of)[:-1]
-            self._edit("in/large.jsonl" if number == large_at else self.random.choice(keys))
+        small, number = list(self.group_of)[:-1], 0
+        while number < self.num_edits or (self.blows_are_due() and number < self.max_edits):
+            if needs_workers and number % 6 == 2:
+                self._edit("in/large.jsonl")
+            else:
+                key = self.random.choice(small)
+                may_go = self.mode == "sync" and len([value for value in self.wanted.values() if value]) > 2
+                self._edit(key, absent=may_go and self.random.random() < 0.3)
+            number += 1
             time.sleep(self.random.uniform(0.1, 1.0))
             self._restart()
         deadline = time.monotonic() + JOB_S
@@ -364,8 +405,8 @@ class Refresh(Workload):
             _, rows = self.table()
         except (StorageError, TableNotFoundError):
             return False
-        wanted = {row for group, generation in self.wanted.items() for row in rows_of(group, generation)}
-        return wanted <= set(rows)
+        shown, _ = generations_in(rows)
+        return all(shown.get(group) == generation for group, generation in self.wanted.items())
 
     def finish(self) -> dict[str, Any]:
         with self._lock:
@@ -379,10 +420,8 @@ class Refresh(Workload):
                 is_new = not lines and driver.process.returncode in (-15, 143)
                 if not is_new and (driver.process.returncode or not lines or not lines[-1].get("ok")):
                     self.problems.append(f"the refresh ended with {driver.process.returncode}: {driver.error()}")
-        for group, generation in self.wanted.items():
-            self.model.acknowledge(group, generation)
-            # Older states of a file may not come back.
-            self.model.groups[group].doubtful = set()
+        for group in self.wanted:
+            self.model.acknowledge(group, self.model.newest(group))
         return super().finish()
 
 
@@ -445,6 +484,18 @@ class Train(Workload):
             self.problems.append(f"the loss is another one from step {min(off)} on")
         if not (output / "adapter_model.safetensors").exists():
             self.problems.append("no adapter")
+
+
+def rows_by_the_rule(uri: str) -> list[Row]:
+    """The live facts of a table by the rule that it is published with, from all of its rows as deltalake gives them."""
+    table = DeltaTable(uri, storage_options=delta_storage_options(uri)).to_pyarrow_table()
+    winners: dict[int, dict[str, Any]] = {}
+    for row in table.select(["fact_id", "op", "updated_at", "write_id", "entity", "property", "value"]).to_pylist():
+        other = winners.get(row["fact_id"])
+        if other is None or (other["updated_at"], other["write_id"]) < (row["updated_at"], row["write_id"]):
+            winners[row["fact_id"]] = row
+    live = [row for row in winners.values() if row["op"] == "upsert"]
+    return [(row["entity"], row["property"], row["value"]) for row in live]
 
 
 def losses(output: Path) -> dict[int, float]:

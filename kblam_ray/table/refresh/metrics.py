@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from kblam_ray.errors import InputError, MissingDependencyError
@@ -63,14 +64,29 @@ class RefreshMetrics:
         self.port: int = self._server.server_port
         for metric in (self._waiting, self._oldest, self._refused, self._version, self._refreshes, self._texts):
             metric.labels(kb=kb)
+        # Computed when it is asked for: nobody looks while a batch is taken up, and its files grow older meanwhile.
+        self._oldest_at_s: float | None = None
+        self._oldest.labels(kb=kb).set_function(self._oldest_age_s)
 
-    def looked(self, *, at_s: float, waiting: int, oldest_s: float, refused: int, version: int | None) -> None:
-        """The sources and the table were looked at."""
+    def looked(
+        self, *, at_s: float, waiting: int, oldest_at_s: float | None, refused: int, version: int | None
+    ) -> None:
+        """The sources and the table were looked at.
+
+        Args:
+            at_s: when, Unix time.
+            waiting: number of files that are changed and not taken up yet.
+            oldest_at_s: when the oldest of them was modified, Unix time; None if none waits.
+        """
         self._last_look.labels(kb=self._kb).set(at_s)
-        self._waiting.labels(kb=self._kb).set(waiting)
-        self._oldest.labels(kb=self._kb).set(oldest_s)
+        self.waits(waiting, oldest_at_s)
         self._refused.labels(kb=self._kb).set(refused)
         self._version.labels(kb=self._kb).set(-1 if version is None else version)
+
+    def waits(self, num_files: int, oldest_at_s: float | None) -> None:
+        """So many files wait now, the oldest modified then (Unix time); None if none waits."""
+        self._waiting.labels(kb=self._kb).set(num_files)
+        self._oldest_at_s = oldest_at_s
 
     def committed(self, *, seconds: float, lags_s: list[float], facts: dict[str, int], texts: int) -> None:
         """A refresh committed."""
@@ -89,6 +105,11 @@ class RefreshMetrics:
     def compacted(self) -> None:
         """A compaction committed."""
         self._compactions.labels(kb=self._kb).inc()
+
+    def _oldest_age_s(self) -> float:
+        at_s = self._oldest_at_s
+        # A clock of another machine may be ahead of ours.
+        return 0.0 if at_s is None else max(0.0, time.time() - at_s)
 
     def close(self) -> None:
         """Serve them no longer."""
