@@ -12,14 +12,17 @@ import yaml
 
 import kblam_ray
 from kblam_ray.serving.settings import ServeSettings
+from kblam_ray.table.pipeline.encode import ENCODER_CPUS
 from tests.cluster.manifests import (
     CLUSTER,
     ROOT,
     Manifest,
     containers,
     documents,
+    job_commands,
     kubernetes,
     named,
+    parsed,
     pod_templates,
     quantity,
     ray_clusters,
@@ -250,6 +253,68 @@ def test_the_server_finds_its_adapter_and_its_keys():
         assert {entry["name"]: entry for entry in container["env"]}["HF_HOME"]["value"] in mounts
     train = named("RayJob", "kblam-train")["spec"]
     assert " --output /mnt/adapters/" in train["entrypoint"]
+
+
+def test_the_server_serves_what_the_training_makes():
+    """Adapter and base model: an adapter is refused on another model than its own, and a folder that is not there."""
+    (app,) = serve_config()["applications"]
+    ((job, arguments),) = job_commands(named("RayJob", "kblam-train")["spec"]["entrypoint"])
+    training = parsed(job, arguments)
+    assert app["args"]["base_model"] == training.base_model
+    assert app["args"]["adapter"] == training.output
+    # The commands of the guide that name an adapter on the volume mean the same.
+    text = guide().replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.startswith("python ") and "--adapter" in line:
+            assert f"--base-model {training.base_model} --adapter {training.output} " in line
+    (registry,) = app["deployments"]
+    served = {one["uri"] for one in registry["user_config"]["knowledge_bases"].values()}
+    assert set(training.kb) <= served
+
+
+def is_of_ray(labels: dict[str, str]) -> bool:
+    """Whether a selector means pods that a RayCluster owns."""
+    groups = [
+        group for _, cluster in ray_clusters() for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
+    return any(key.startswith("ray.io/") for key in labels) or any(
+        labels.items() <= group["template"]["metadata"]["labels"].items() for group in groups
+    )
+
+
+def test_budgets_over_pods_of_ray_are_ones_that_kubernetes_can_count():
+    """Of a RayCluster it cannot learn how many pods there should be, which anything but an integer minimum needs."""
+    budgets = {one.name: one.content["spec"] for one in kubernetes() if one.kind == "PodDisruptionBudget"}
+    assert budgets
+    for name, spec in budgets.items():
+        assert is_of_ray(spec["selector"]["matchLabels"]), name
+        assert "maxUnavailable" not in spec, name
+        assert type(spec["minAvailable"]) is int, name
+    (group,) = named("RayService", "kblam-server")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    # A higher minimum than there may be pods would hold every drain up.
+    assert 1 <= budgets["kblam-answerers"]["minAvailable"] <= group["minReplicas"]
+    assert budgets["kblam-heads"]["minAvailable"] >= 10 * len(ray_clusters())
+
+
+def test_a_job_that_has_ended_is_started_again_by_replacing_it():
+    """`kubectl apply` of what is there changes nothing."""
+    for manifest in kubernetes():
+        if manifest.kind == "RayJob":
+            command = f"#   kubectl replace --force -f {manifest.path.relative_to(ROOT)}\n"
+            assert command in manifest.path.read_text(encoding="utf-8"), manifest
+    assert "kubectl replace --force -f" in guide()
+
+
+def test_an_encoder_takes_what_the_refreshs_comment_says():
+    text = (CLUSTER / "kuberay" / "refresh.yaml").read_text(encoding="utf-8").partition("apiVersion")[0]
+    found = re.search(r"one takes ([\d.]+) CPU: (\d+) take (\d+) of the (\d+) x (\d+) = (\d+) CPUs", text)
+    assert found
+    each, count, taken, pods, cpus, most = map(float, found.groups())
+    (group,) = named("RayCluster", "kblam-jobs")["spec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (each, taken, most) == (ENCODER_CPUS, each * count, pods * cpus)
+    assert (pods, cpus) == (group["maxReplicas"], quantity(limits["cpu"]))
+    assert f"--num-workers={count:g}\n" in (CLUSTER / "kuberay" / "refresh.yaml").read_text(encoding="utf-8")
 
 
 def test_shared_memory_and_memory_fit_into_the_pods():

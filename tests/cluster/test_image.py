@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,25 @@ def test_programs_that_operators_call_are_installed():
     entrypoint: list[Any] = json.loads(values("ENTRYPOINT")[0])
     # KubeRay's probes and the launcher's copies.
     assert {"wget", "rsync", entrypoint[0]} <= set(system.split())
+
+
+def test_commands_that_build_can_be_run_as_they_stand():
+    """A comment's lines, as the guide's, may be copied: an index is an address, every argument is one of the file's."""
+    texts = [(CLUSTER / name).read_text(encoding="utf-8") for name in ("Dockerfile", "README.md")]
+    commands = [
+        shlex.split(command)
+        for text in texts
+        for command in re.findall(r"^(?:# +)?(docker build .*)$", re.sub(r"\\\n#? *", "", text), re.MULTILINE)
+    ]
+    assert len(commands) == 4
+    arguments = {name.partition("=")[0] for name in values("ARG")}
+    for command in commands:
+        assert command[-1] == "."
+        given = [command[number + 1] for number, word in enumerate(command) if word == "--build-arg"]
+        assert bool(given) is any(word.endswith("-cpu") for word in command)
+        for name, _, value in (one.partition("=") for one in given):
+            assert name in arguments
+            assert value.startswith("https://")
 
 
 @pytest.fixture(scope="module")

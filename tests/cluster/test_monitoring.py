@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 import urllib.request
+from datetime import timedelta
 from typing import Any
 
 import promql_parser
@@ -13,6 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from kblam_ray.serving.metrics import Metrics
 from kblam_ray.serving.settings import ServeSettings
 from kblam_ray.table.refresh.metrics import RefreshMetrics
+from kblam_ray.table.refresh.report import Report
+from kblam_ray.table.refresh.sources import SourceFile
+from kblam_ray.table.refresh.taking import Outcome
 from tests.cluster.manifests import CLUSTER, dashboard, named, quantity, serve_config
 
 FOREIGN = {"kube_cronjob_status_last_successful_time": {"cronjob"}}
@@ -41,15 +46,19 @@ def refreshs_text() -> str:
     """What a watcher of sources serves that has done everything once."""
     metrics = RefreshMetrics("kb/world", "127.0.0.1", 0)
     try:
-        metrics.looked(at_s=1.0, waiting=1, oldest_s=1.0, refused=0, version=3)
+        metrics.looked(at_s=1.0, waiting=1, oldest_at_s=1.0, refused=0, version=3)
         metrics.committed(seconds=1.0, lags_s=[1.0], facts={"added": 1}, texts=2)
         metrics.failed("storage")
         metrics.compacted()
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics") as answer:
-            text = answer.read().decode()
+        text = served(metrics)
     finally:
         metrics.close()
     return "".join(f"{line}\n" for line in text.splitlines() if "_created" not in line)
+
+
+def served(metrics: RefreshMetrics) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics") as answer:
+        return str(answer.read().decode())
 
 
 EXPORTED = exported()
@@ -177,7 +186,50 @@ def test_there_is_an_alert_for_what_an_operator_must_know():
     assert {rule["alert"] for rule in rules()} >= {
         *("KblamDown", "KblamNoReplica", "KblamFailures", "KblamOverloaded", "KblamLag", "KblamRefreshFailures"),
         *("KblamKnowledgeMemory", "KblamProcessMemory", "KblamSourcesLate", "KblamScheduleLate"),
+        *("KblamWatcherDown", "KblamWatcherStuck"),
     }
+
+
+def test_a_watcher_without_a_series_is_noticed():
+    """A comparison of what is scraped now cannot fire when nothing is: the past is asked, and when it was."""
+    (rule,) = [rule for rule in rules() if rule["alert"] == "KblamWatcherDown"]
+    (past,) = [node for node in nodes(rule["expr"]) if isinstance(node, promql_parser.SubqueryExpr)]
+    assert past.range >= timedelta(days=1)
+    assert str(past.expr) == "timestamp(kblam_refresh_last_look_timestamp_seconds{})"
+    (target,) = named("PodMonitor", "kblam-refresh")["spec"]["podMetricsEndpoints"]
+    allowed_s = float(rule["expr"].rpartition(">")[2])
+    # A step between two questions and a few scrapes that went wrong are no death.
+    assert allowed_s >= 60 + 5 * float(target["interval"].removesuffix("s"))
+
+
+def test_a_long_batch_is_told_from_a_watcher_that_hangs():
+    """Nobody looks during either; during a batch files wait, and the alert leaves those knowledge bases out."""
+    (rule,) = [rule for rule in rules() if rule["alert"] == "KblamWatcherStuck"]
+    top = promql_parser.parse(rule["expr"])
+    assert str(top.op) == "unless"
+    assert str(top.rhs) == "max by (kb)(kblam_refresh_waiting_files{}) > 0"
+
+    an_hour_ago = SourceFile("facts.jsonl", "tag", int((time.time() - 3600) * 1e6), 1)
+    report = Report("kb/world", RefreshMetrics("kb/world", "127.0.0.1", 0))
+    assert report.metrics
+
+    def now(name: str) -> float:
+        assert report.metrics
+        (found,) = re.findall(rf'^kblam_refresh_{name}{{kb="kb/world"}} (\S+)$', served(report.metrics), re.MULTILINE)
+        return float(found)
+
+    try:
+        assert (now("waiting_files"), now("oldest_waiting_seconds")) == (0, 0)
+        report.looked([an_hour_ago], 3)
+        before_s = now("oldest_waiting_seconds")
+        assert now("waiting_files") == 1
+        # It grows without another look: a batch that does not end is seen by KblamSourcesLate.
+        assert 3600 <= before_s < now("oldest_waiting_seconds") < 3660
+        # It ended, whether or not there was something to commit: a watcher that hangs now is stuck.
+        report.took_up(Outcome(taken=[an_hour_ago]), {}, 1.0)
+        assert (now("waiting_files"), now("oldest_waiting_seconds")) == (0, 0)
+    finally:
+        report.metrics.close()
 
 
 def test_the_guide_says_what_to_do_about_every_alert():

@@ -79,14 +79,16 @@ class RefreshMetrics:
             oldest_at_s: when the oldest of them was modified, Unix time; None if none waits.
         """
         self._last_look.labels(kb=self._kb).set(at_s)
-        self.waits(waiting, oldest_at_s)
+        self._waiting.labels(kb=self._kb).set(waiting)
+        self._oldest_at_s = oldest_at_s
         self._refused.labels(kb=self._kb).set(refused)
         self._version.labels(kb=self._kb).set(-1 if version is None else version)
 
-    def waits(self, num_files: int, oldest_at_s: float | None) -> None:
-        """So many files wait now, the oldest modified then (Unix time); None if none waits."""
-        self._waiting.labels(kb=self._kb).set(num_files)
-        self._oldest_at_s = oldest_at_s
+    def took_up(self, *, waiting: int) -> None:
+        """A batch ended; so many files are left of those that the last look found."""
+        self._waiting.labels(kb=self._kb).set(waiting)
+        if not waiting:
+            self._oldest_at_s = None
 
     def committed(self, *, seconds: float, lags_s: list[float], facts: dict[str, int], texts: int) -> None:
         """A refresh committed."""

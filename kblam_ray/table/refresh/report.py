@@ -118,10 +118,13 @@ class Report:
         """The sources were looked at: so many files wait to be taken up."""
         self.version, self.files_waiting = version, len(waiting)
         if self.metrics:
-            now = time.time()
-            oldest_s = max([0.0, *(now - file.modified_us / 1e6 for file in waiting)])
+            oldest_at_s = min((file.modified_us / 1e6 for file in waiting), default=None)
             self.metrics.looked(
-                at_s=now, waiting=len(waiting), oldest_s=oldest_s, refused=len(self.refused), version=version
+                at_s=time.time(),
+                waiting=len(waiting),
+                oldest_at_s=oldest_at_s,
+                refused=len(self.refused),
+                version=version,
             )
 
     def took_up(self, outcome: Outcome, modified_us: dict[str, int], seconds: float) -> None:
@@ -136,6 +139,8 @@ class Report:
         self.texts_embedded += outcome.texts_embedded
         for file in outcome.taken:
             self.refused.pop(file.uri, None)
+        if self.metrics:
+            self.metrics.took_up(waiting=self.files_waiting)
         if outcome.version is None:
             return
         self.version = outcome.version
