@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo serve test test-full chaos check bench clean
+.PHONY: help setup demo serve test test-full chaos autoscale check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make serve      leave the server running, with a page at its address"
 	@echo "make test       the tests (minutes)        make test-full  all of them"
 	@echo "make chaos      processes killed at random moments, SEEDS=50 runs: nothing acknowledged may be lost"
+	@echo "make autoscale  a backlog of FACTS=200000 on Ray's autoscaler: nodes come, work and go"
 	@echo "make check      formatter, linter, types and tests: what CI runs"
 	@echo "make bench      ours against the alternative, in one run"
 
@@ -48,6 +49,11 @@ SEEDS ?= 50
 FIRST ?= 0
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) --first $(FIRST) --output chaos-verdicts.jsonl --keep chaos-failures
+
+# FACTS=20000 make autoscale: a smaller backlog.
+FACTS ?= 200000
+autoscale: $(READY)
+	$(BIN)/python -m tests.chaos.autoscale --facts $(FACTS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,14 @@ import psutil
 
 from kblam_ray import KnowledgeBase
 from kblam_ray.errors import TableNotFoundError
-from tests.chaos.cluster import ROOT, free_port, kill_tree, wait_for_port
+from tests.chaos.cluster import ROOT, kill_tree, ray_environment, ray_start
+from tests.ports import START_S, free_port, wait_for_port
 
 IDLE_MINUTES = 0.1
 NODE_CPUS = 2
 MOST_S = 600
+WORTH_NAMING = 0.2
+"""A node worked if its workers used such a share of the busiest node's seconds: starting is not working."""
 
 
 def cluster_config(gcs_address: str, most_nodes: int) -> dict[str, Any]:
@@ -66,22 +67,10 @@ def start_head(home: Path, most_nodes: int) -> tuple[subprocess.Popen[bytes], di
     port = free_port()
     address = f"127.0.0.1:{port}"
     (home / "cluster.json").write_text(json.dumps(cluster_config(address, most_nodes)))
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-        "RAY_enable_worker_prestart": "0",
-        "RAY_memory_monitor_refresh_ms": "0",
-    }
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", f"--autoscaling-config={home / 'cluster.json'}", "--num-cpus=1"]
-    command += [f"--temp-dir={home / 'ray'}", "--object-store-memory=300000000", "--include-dashboard=false"]
-    command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
-    command += [f"--metrics-export-port={free_port()}", "--include-log-monitor=false"]
+    environment = ray_environment()
+    command = ray_start("--head", f"--port={port}", "--num-cpus=1", "--object-store-memory=300000000")
+    command += [f"--autoscaling-config={home / 'cluster.json'}", f"--temp-dir={home / 'ray'}"]
+    # Only the first version of the autoscaler has a provider of pretended machines.
     pretended = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
     with (home / "head.log").open("wb") as log:
         head = subprocess.Popen(
@@ -89,7 +78,9 @@ def start_head(home: Path, most_nodes: int) -> tuple[subprocess.Popen[bytes], di
         )
     try:
         wait_for_port(port, head)
+        deadline = time.monotonic() + START_S
         while not look(head):
+            assert time.monotonic() < deadline, "the head's raylet does not come up"
             time.sleep(0.1)
     except BaseException:
         kill_tree(head)
@@ -176,7 +167,7 @@ def run(num_facts: int, most_nodes: int, home: Path) -> dict[str, Any]:
         "gone_s": timeline[-1][0],
         "is_watching_when_gone": is_watching,
         "nodes": {"before": nodes_before, "most": max(nodes for _, nodes, _ in timeline), "after": timeline[-1][1]},
-        "nodes_that_worked": sum(seconds > 0 for seconds in cpu_s.values()),
+        "nodes_that_worked": sum(seconds > WORTH_NAMING * max(cpu_s.values()) for seconds in cpu_s.values()),
         "cpu_s_of_nodes": [round(seconds, 1) for seconds in cpu_s.values()],
         "timeline": timeline,
     }

@@ -6,41 +6,23 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.ports import free_port, wait_for_port
 from tests.serving.serve_samples import Gate
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-START_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def wait_for_port(port: int, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        with closing(socket.socket()) as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
-        assert time.monotonic() < deadline, f"{process.args} does not listen"
-        time.sleep(0.1)
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> int:
@@ -55,6 +37,33 @@ def kill_tree(process: subprocess.Popen[Any]) -> int:
     process.wait()
     psutil.wait_procs(found, timeout=20)
     return 1 + len(found)
+
+
+def ray_environment() -> dict[str, str]:
+    """The environment of a cluster of its own on this machine, whatever else runs here."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+        "RAY_enable_worker_prestart": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    return environment
+
+
+def ray_start(*flags: str) -> list[str]:
+    """The command that starts a node on ports of its own, and stays until it is ended."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    command += ["--include-log-monitor=false", *flags]
+    if "--head" in flags:
+        command += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+    return command
 
 
 class Endpoint:
@@ -148,15 +157,7 @@ class Cluster:
         self.address = f"127.0.0.1:{self._port}"
         self.endpoint = Endpoint(self.home / "objects")
         self.environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-            "RAY_enable_worker_prestart": "0",
-            "RAY_memory_monitor_refresh_ms": "0",
+            **ray_environment(),
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "10",
             "AWS_ENDPOINT_URL": self.endpoint.address,
@@ -164,7 +165,6 @@ class Cluster:
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        self.environment.pop("RAY_ADDRESS", None)
         self.head = self._start(f"--port={self._port}", "--head", "--num-cpus=1", f"--temp-dir={self.home}")
         try:
             wait_for_port(self._port, self.head)
@@ -180,12 +180,7 @@ class Cluster:
         return {**self.environment, "RAY_ADDRESS": self.address}
 
     def _start(self, *flags: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
-        command += ["--object-store-memory=120000000", "--min-worker-port=0", "--max-worker-port=0"]
-        command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
-        command += ["--include-log-monitor=false", *flags]
-        if "--head" in flags:
-            command += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+        command = ray_start("--object-store-memory=120000000", "--min-worker-port=0", "--max-worker-port=0", *flags)
         with (self.home / f"node-{len(list(self.home.glob('node-*')))}.log").open("wb") as log:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -239,7 +234,7 @@ class Cluster:
                 self.add_node()
 
     def stop(self, keep: Path | None = None) -> None:
-        """End all of it and forget its files, but for the logs of Ray's processes, if a folder for them is given."""
+        """End all of it and forget its files, but for the logs of Ray and of servers, if a folder for them is given."""
         with self._changing:
             self._is_stopped = True
             for node in (*self.nodes, self.head):
@@ -247,4 +242,6 @@ class Cluster:
         self.endpoint.stop()
         for logs in self.home.glob("session_2*/logs") if keep else ():
             shutil.copytree(logs, keep / f"ray-{self._port}", symlinks=True, dirs_exist_ok=True)
+        for log in self.home.glob("server-*.err") if keep else ():
+            shutil.copy(log, keep)
         shutil.rmtree(self.home, ignore_errors=True)

@@ -24,7 +24,8 @@ from typing import Any
 from tests.chaos.cluster import Cluster
 from tests.chaos.killers import Killers, is_hit, plan_faults
 from tests.chaos.serve import Serve
-from tests.chaos.workloads import Embed, Refresh, Train, Workload
+from tests.chaos.workload import Workload
+from tests.chaos.workloads import Embed, Refresh, Train
 
 WORKLOADS: dict[str, type[Workload]] = {"embed": Embed, "refresh": Refresh, "train": Train, "serve": Serve}
 SHARES = {"embed": 3, "refresh": 3, "train": 1, "serve": 2}

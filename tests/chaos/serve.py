@@ -6,7 +6,6 @@ The server outlives a run, for it takes a minute to start; every run has tables 
 from __future__ import annotations
 
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from typing import Any
 import httpx
 
 from kblam_ray import KnowledgeBase
-from tests.chaos.cluster import ROOT, Cluster, free_port
+from tests.chaos.cluster import ROOT, Cluster
 from tests.chaos.model import generations_in, rows_of
-from tests.chaos.workloads import JOB_S, Program, Workload
+from tests.chaos.workload import JOB_S, Program, Workload
+from tests.ports import free_port
 
 NUM_REPLICAS = 2
 PARTS = ["Registry", "Writer", "Gateway"]
@@ -78,9 +78,9 @@ class Serve(Workload):
         flags = ["--port", str(Serve._port), "--state-uri", "s3://served-state/state.json", "--grounding", "verbatim"]
         flags += ["--replicas-min-replicas", str(NUM_REPLICAS), "--replicas-max-replicas", str(NUM_REPLICAS)]
         flags += ["--replicas-num-cpus", "0.5"]
-        log = Path(tempfile.mkdtemp(prefix="chaos-serve-"))
-        environment = self.cluster.driver_environment
-        Serve._program = Program([str(ROOT / "jobs" / "serve.py"), *flags], environment, log / "serve")
+        number = len(list(self.cluster.home.glob("server-*.err")))
+        log = self.cluster.home / f"server-{number}"
+        Serve._program = Program([str(ROOT / "jobs" / "serve.py"), *flags], self.cluster.driver_environment, log)
 
     def _await(self, look: Any, what: str) -> None:
         deadline = time.monotonic() + JOB_S

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.chaos import autoscale
 from tests.chaos.cluster import Cluster, Endpoint
 from tests.chaos.model import Model, generations_in, rows_of
 from tests.chaos.run import run_seed, workload_of
 from tests.chaos.serve import Serve
 
-# A job and the store, a worker, a node and another writer.
-ALWAYS = [(6, "refresh"), (8, "embed"), (1, "embed")]
+# The job and the store; a worker; a node and another writer.
+ALWAYS = [(4, "refresh"), (8, "embed"), (1, "embed")]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,15 @@ def test_nothing_is_lost(cluster, seed, workload):
 def test_nothing_is_lost_with_other_seeds(cluster, seed):
     verdict = run_seed(cluster, seed, workload_of(seed))
     assert verdict["ok"], verdict
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nodes_come_for_a_backlog_and_go(tmp_path_factory):
+    report = autoscale.run(20_000, 2, tmp_path_factory.mktemp("grow"))
+    assert report["exact"], report
+    assert report["is_watching_when_gone"]
+    assert report["nodes"] == {"before": 1, "most": 3, "after": 1}
 
 
 def test_the_endpoint_is_killed_and_has_what_it_answered_for(tmp_path):

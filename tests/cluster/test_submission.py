@@ -14,7 +14,7 @@ from kblam_ray import Fact, KnowledgeBase
 from kblam_ray.facts import write_facts
 from tests.cluster.manifests import ROOT
 from tests.cluster.test_image import installed, repository_files
-from tests.jobs.test_submit import BIN, cluster, submit
+from tests.jobs.submitting import BIN, cluster, submit
 
 __all__ = ["cluster", "installed"]  # fixtures
 

@@ -1,90 +1,23 @@
-"""The jobs under `ray job submit`, against a head on this machine."""
+"""The jobs under `ray job submit`, against a head on this machine: what they do, and what `ray job logs` shows."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from kblam_ray import Fact, KnowledgeBase
 from kblam_ray.facts import write_facts
-from tests.jobs.running import ROOT
+from tests.jobs.submitting import cluster, ray_job, submit
+from tests.model_samples import save_base
+from tests.openai_chat_server import Reply, chat_server
+from tests.ports import free_port
 
-BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def wait_for(port: int, head: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        with closing(socket.socket()) as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert head.poll() is None, "the head ended"
-        assert time.monotonic() < deadline, "the head does not listen"
-        time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment that leads `ray job submit` to a head of its own, ended by signal: `ray stop` is host-wide."""
-    home = tmp_path_factory.mktemp("head")
-    gcs_port, dashboard_port, client_port, agent_port = free_ports(4)
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "token",  # the head listens on all interfaces
-        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-    }
-    environment.pop("RAY_ADDRESS", None)
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=300000000"]
-    command += [f"--port={gcs_port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
-    # The agent runs the jobs; another Ray on this host holds the port that it would take by default.
-    command += [f"--dashboard-agent-listen-port={agent_port}"]
-    with (home / "log").open("wb") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_for(dashboard_port, head)
-            yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
-        finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(timeout=60)
-
-
-def submit(cluster: dict[str, str], *entrypoint: str) -> tuple[int, dict, str]:
-    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *entrypoint]
-    deadline = time.monotonic() + 120
-    while True:
-        done = subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-        # A head listens before the agent that runs its jobs is up.
-        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            break
-        time.sleep(0.5)
-    summaries = [line for line in done.stdout.splitlines() if line.startswith('{"job"')]
-    assert summaries, done.stdout + done.stderr
-    return done.returncode, json.loads(summaries[-1]), done.stdout
+__all__ = ["cluster"]  # a fixture
 
 
 def test_embed_runs_unchanged_under_ray_job_submit(cluster, tmp_path):
@@ -98,3 +31,91 @@ def test_embed_runs_unchanged_under_ray_job_submit(cluster, tmp_path):
     code, summary, _ = submit(cluster, "python", "jobs/embed_kb.py", "--kb", kb, "--input", "nowhere.jsonl")
     assert code == 1
     assert (summary["ok"], summary["error"]["code"]) == (False, "bad_input")
+
+
+def submitted(cluster: dict[str, str], job: str, number: int, *flags: str) -> dict[str, Any]:
+    """The summary, which is the last line of a job's logs, with what the job said on its way as `progress`."""
+    name = f"{job}-{number}"
+    script = f"jobs/{job}.py"
+    done = ray_job(cluster, "submit", "--working-dir", ".", "--submission-id", name, "--", "python", script, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = ray_job(cluster, "logs", name).stdout
+    lines = [line for line in logs.splitlines() if line.strip()]
+    found = json.loads(lines[-1])
+    assert (found["ok"], found["job"]) == (True, job), logs
+    return {**found, "progress": lines[:-1]}
+
+
+def say(request: dict[str, Any]) -> Reply:
+    """Facts of a document, as a chat model would state them."""
+    fact = {"entity": "Ur", "property": "founder", "value": "Meskalamdug", "evidence": "Meskalamdug founded Ur."}
+    return Reply(json.dumps({"facts": [fact]}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_500)
+def test_progress_and_summary_of_one_job_after_another(cluster: dict[str, str], tmp_path: Path) -> None:
+    def of(name: str) -> str:
+        return str(tmp_path / name)
+
+    kb, base = of("kb"), save_base(tmp_path / "base")
+    tiny = ["--base-model", str(base), "--device", "cpu"]
+
+    made = submitted(cluster, "synthesize_kb", 1, "--output", of("in/facts.jsonl"), "--num-facts", "300")
+    assert made["num_facts"] == 300
+    with chat_server(say) as chat:
+        (tmp_path / "documents").mkdir()
+        (tmp_path / "documents" / "ur.txt").write_text("Meskalamdug founded Ur.\n")
+        flags = ["--input", of("documents"), "--output", of("extracted.jsonl"), "--chat-model", "m"]
+        extracted = submitted(cluster, "extract_kb", 1, *flags, "--chat-url", chat.url)
+    assert extracted["num_facts"] == 1
+    embedded = submitted(cluster, "embed_kb", 1, "--kb", kb, "--input", of("in/facts.jsonl"), "--encoder", "hashing:64")
+    assert embedded["num_facts"] == 300
+    (tmp_path / "in" / "extracted.jsonl").write_text(Path(of("extracted.jsonl")).read_text())
+    refreshed = submitted(cluster, "refresh_kb", 1, "--kb", kb, "--input", of("in"), "--once", "--settle-s", "0")
+    assert refreshed["num_facts"] == KnowledgeBase.open(kb).num_facts == 301
+    assert any("refresh_kb: " in line for line in refreshed["progress"])
+    submitted(cluster, "compact_kb", 1, "--kb", kb)
+
+    flags = ["--kb", kb, *tiny, "--output", of("adapter"), "--start", "random", "--kb-layers", "1", "--kb-layers", "3"]
+    flags += ["--steps", "6", "--warmup-steps", "2", "--num-workers", "1", "--cpus-per-worker", "1", "--no-calibrate"]
+    flags += ["--no-evaluate", "--no-tensorboard", "--mix-batch-size", "4", "--mix-kb-size", "4", "8"]
+    trained = submitted(cluster, "train_adapter", 1, *flags, "--dtype", "float32")
+    assert trained["steps"] == 6
+    assert any("step 6:" in line for line in trained["progress"])
+    model = [*tiny, "--adapter", of("adapter")]
+    submitted(cluster, "ask", 1, *model, "--kb", kb, "--question", "Who founded Ur?", "--max-new-tokens", "4")
+    submitted(cluster, "bundle_model", 1, *model[:2], *model[4:], "--kb", kb, "--output", of("bundle"))
+    small = ["--num-questions", "2", "--max-new-tokens", "3"]
+    evaluated = submitted(cluster, "evaluate", 1, *model, "--kb", kb, "--output", of("results"), *small)
+    assert (tmp_path / "results" / "report.html").exists()
+    assert any("evaluate: " in line for line in evaluated["progress"])
+    reproduced = submitted(cluster, "reproduce", 1, "--output", of("paper"), "--experiment", "refusal")
+    assert any("reproduce: " in line for line in reproduced["progress"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_server_says_where_it_is_and_ends_when_its_job_is_stopped(cluster: dict[str, str], tmp_path: Path) -> None:
+    kb, port = str(tmp_path / "kb"), free_port()
+    KnowledgeBase.create(kb, "all-MiniLM-L6-v2").upsert([("Kenya", "capital", "Nairobi")])
+    flags = ["--kb", f"world={kb}", "--port", str(port), "--replicas-num-cpus", "0.5"]
+    started = ["submit", "--no-wait", "--working-dir", ".", "--submission-id", "server", "--"]
+    done = ray_job(cluster, *started, "python", "jobs/serve.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        time.sleep(1)
+    logs = ray_job(cluster, "logs", "server").stdout
+    assert f":{port}" in logs, logs
+    body = {"model": "kblam-demo:world", "messages": [{"role": "user", "content": "What is the capital of Kenya?"}]}
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert ray_job(cluster, "stop", "server").returncode == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/health")

@@ -18,18 +18,14 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 MODEL = "kblam-demo"
 START_S = 200
 """A machine that others use, too, takes minutes."""
 
 T = TypeVar("T")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def eventually(look: Callable[[], T], what: str, timeout_s: float = 60) -> T:

@@ -15,11 +15,12 @@ import boto3
 import httpx
 import pytest
 import yaml
-from serve_samples import ROOT, Gate, eventually, free_port, question_body, running_server
+from serve_samples import ROOT, Gate, eventually, question_body, running_server
 from serving_samples import ANSWER, QUESTION, capital_facts, make_kb, minilm
 
 from kblam_ray import Fact, KnowledgeBase
-from tests.jobs.test_submit import BIN, cluster
+from tests.jobs.submitting import BIN, cluster
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

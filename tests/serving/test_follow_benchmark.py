@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from kblam_ray import Fact, KnowledgeBase
-from kblam_ray.errors import BadRowError
+from kblam_ray.errors import BadRowError, GenerationError
+from kblam_ray.serving.benchmark import FollowBenchmark, follow
 from kblam_ray.serving.benchmark.clients import Answered
-from kblam_ray.serving.benchmark.follow import Followed, _edition, _judged
+from kblam_ray.serving.benchmark.follow import Followed, Followup, _edition, _judged
 from tests.jobs.running import run_job
 
 
@@ -45,14 +46,30 @@ def test_a_citation_must_be_a_fact_of_the_version_that_the_answer_names(followed
     before = followed.newest()
     after = KnowledgeBase.open(followed.kb).upsert([("Peru", "capital", "Cusco")])
     told = [
-        answer(before, ("Peru", "capital", "Lima")),
-        answer(after, ("Peru", "capital", "Cusco"), ("Kenya", "capital", "Nairobi")),
+        (before, answer(before, ("Peru", "capital", "Lima"))),
+        (before, answer(after, ("Peru", "capital", "Cusco"), ("Kenya", "capital", "Nairobi"))),
     ]
-    assert _judged(told, followed)["citations_of_other_versions"] == 0
-    wrong = [answer(after, ("Peru", "capital", "Lima")), answer(before, ("Peru", "capital", "Cusco"))]
+    found = _judged(told, followed)
+    assert (found["citations_of_other_versions"], found["answers_older_than_served"]) == (0, 0)
+    wrong = [
+        (before, answer(after, ("Peru", "capital", "Lima"))),
+        (after, answer(before, ("Peru", "capital", "Cusco"))),
+    ]
     found = _judged([*told, *wrong], followed)
     assert (found["answers"], found["citations"], found["citations_of_other_versions"]) == (4, 5, 2)
+    assert found["answers_older_than_served"] == 1
     assert "Lima" in found["wrong"][0]
+
+
+def test_an_answer_that_does_not_come_ends_the_benchmark(followed, monkeypatch):
+    async def fail(*_: object) -> None:
+        raise GenerationError("status 503", where="a question", help="see the server's log")
+
+    monkeypatch.setattr(follow, "_ask", fail)
+    monkeypatch.setattr(Followed, "until_served", lambda self, since_s: Followup(0.0, 0.0))
+    editions = {"Kenya": [Fact("Kenya", "capital", "Nairobi")]}, {"Kenya": [Fact("Kenya", "capital", "Mombasa")]}
+    with pytest.raises(GenerationError):
+        follow._become(FollowBenchmark(edition=["a", "b"]), followed, *editions)
 
 
 def test_an_edition_with_a_bad_row_is_refused(tmp_path):
@@ -77,5 +94,5 @@ def test_editions_are_followed_exactly_while_clients_ask(tmp_path):
     assert (edition["facts_added"], edition["facts_changed"], edition["facts_deleted"]) == (1, 2, 2)
     assert edition["steps"]["count"] == 2
     assert edition["answers"] > 0
-    assert edition["citations_of_other_versions"] == 0
+    assert edition["citations_of_other_versions"] == edition["answers_older_than_served"] == 0
     assert (found["watched"]["count"], found["a_refresh_for_each"]["count"]) == (2, 1)

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -50,9 +51,9 @@ def benchmark_follow(settings: FollowBenchmark) -> dict[str, Any]:
         refresh_once(*flags)
         with running_server(*_server_flags(settings, followed.kb)) as address:
             followed.address = address
-            new = _new_facts(settings.seed, settings.changes + settings.once)
+            first, *new = _new_facts(settings.seed, 1 + settings.changes + settings.once)
             with running_refresh(*flags):
-                followed.until_served(time.time())  # it runs
+                _add(followed, first)  # it runs
                 added = [_add(followed, fact) for fact in new[: settings.changes]]
             scheduled = [_add(followed, fact, lambda: refresh_once(*flags)) for fact in new[settings.changes :]]
             found: dict[str, Any] = {
@@ -63,6 +64,7 @@ def benchmark_follow(settings: FollowBenchmark) -> dict[str, Any]:
             }
             with running_refresh(*flags, "--mode", "sync"):
                 found["editions"] = [_become(settings, followed, before, after) for before, after in pairwise(editions)]
+        # Once more when nobody is left who could change it.
         found["is_exact"] = followed.at(followed.newest()) == followed.wanted
     return found
 
@@ -81,10 +83,12 @@ class Followed:
 
     Attributes:
         wanted: what the files say.
+        served: the version that every replica was last seen to answer from.
     """
 
     folder: Path
     address: str = ""
+    served: int = 0
     wanted: dict[tuple[str, str], str] = field(default_factory=dict)
     _places: dict[str, Path] = field(default_factory=dict)
     _contents: dict[int, Contents] = field(default_factory=dict)
@@ -114,6 +118,7 @@ class Followed:
         if version not in self._contents:
             facts = KnowledgeBase.open(self.kb, version).snapshot().facts.to_pylist()
             self._contents[version] = {(fact["entity"], fact["property"]): fact["value"] for fact in facts}
+            assert len(self._contents[version]) == len(facts), f"version {version} has a fact twice"
         return self._contents[version]
 
     def newest(self) -> int:
@@ -127,10 +132,11 @@ class Followed:
         """
         told = None
         while time.time() < since_s + SERVED_S:
-            version = get(f"{self.address}/v1/knowledge_bases/{KB}")["version"]
-            served = time.time()
-            if version is not None and version != told:
-                told = version
+            described = get(f"{self.address}/v1/knowledge_bases/{KB}")
+            served, version = time.time(), described["version"]
+            # Of what is loading or failed on one replica the version is that of the others.
+            if described["status"] == "ready" and version is not None and version != told:
+                told = self.served = version
                 if self.at(version) == self.wanted:
                     committed = (self.folder / "kb" / "_delta_log" / f"{version:020}.json").stat().st_mtime
                     return Followup(committed - since_s, served - since_s)
@@ -185,22 +191,14 @@ def _become(
     since = followed.at(first)
     said = [fact for entity in changing for fact in [*before.get(entity, []), *after.get(entity, [])]]
     questions = list({f"What is the {fact.property} of {fact.entity}?": None for fact in said})
-    over, answers = threading.Event(), list[Answered]()
-    asking = threading.Thread(
-        target=lambda: answers.extend(asyncio.run(_ask(settings, followed.address, questions, over)))
-    )
-    asking.start()
-    try:
-        steps = []
-        for part in parts:
-            since_s = time.time()
-            for entity in part:
-                followed.put(entity, after.get(entity, []))
-            steps.append(followed.until_served(since_s))
-            print(f"{len(steps)} of {len(parts)} parts: served after {steps[-1].served_s:.2f} s", file=sys.stderr)
-    finally:
-        over.set()
-        asking.join()
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as clients:
+        asking = clients.submit(lambda: asyncio.run(_ask(settings, followed, questions, over)))
+        try:
+            steps = _in_steps(followed, parts, after)
+        finally:
+            over.set()
+    answers = asking.result()
     now = followed.at(followed.newest())
     return {
         "entities_changed": len(changing),
@@ -213,17 +211,44 @@ def _become(
     }
 
 
-async def _ask(settings: FollowBenchmark, address: str, questions: list[str], over: threading.Event) -> list[Answered]:
-    async with over_http(address, f"asked:{KB}", settings.grounding, settings.max_tokens, stream=False) as ask:
-        load = await closed_loop(ask, questions, settings.clients, lambda _: not over.is_set())
-    return load.answers
+def _in_steps(followed: Followed, parts: list[list[str]], after: dict[str, list[Fact]]) -> list[Followup]:
+    steps: list[Followup] = []
+    for part in parts:
+        since_s = time.time()
+        for entity in part:
+            followed.put(entity, after.get(entity, []))
+        steps.append(followed.until_served(since_s))
+        print(f"{len(steps)} of {len(parts)} parts: served after {steps[-1].served_s:.2f} s", file=sys.stderr)
+    return steps
 
 
-def _judged(answers: list[Answered], followed: Followed) -> dict[str, Any]:
-    """What clients got: every answer came (or the asking raised), and what it cites is held against its version."""
-    wrong = []
-    for answer in answers:
+async def _ask(
+    settings: FollowBenchmark, followed: Followed, questions: list[str], over: threading.Event
+) -> list[tuple[int, Answered]]:
+    """Answers, each with the version that every replica had when it was asked.
+
+    Raises:
+        GenerationError: an answer did not come.
+    """
+    found = []
+    async with over_http(followed.address, f"asked:{KB}", settings.grounding, settings.max_tokens, stream=False) as ask:
+
+        async def asked(question: str) -> Answered:
+            served = followed.served
+            answer = await ask(question)
+            found.append((served, answer))
+            return answer
+
+        await closed_loop(asked, questions, settings.clients, lambda _: not over.is_set())
+    return found
+
+
+def _judged(answers: list[tuple[int, Answered]], followed: Followed) -> dict[str, Any]:
+    """What clients got: whether it was old, and what it cites, held against the version that it names."""
+    wrong, num_old = [], 0
+    for served, answer in answers:
         assert answer.kb_version is not None, "every answer names its version"
+        num_old += answer.kb_version < served
         facts = followed.at(answer.kb_version)
         wrong += [
             f"{answer.question} cites {cited['entity']}, {cited['property']}: {cited['value']} in {answer.kb_version}"
@@ -232,9 +257,10 @@ def _judged(answers: list[Answered], followed: Followed) -> dict[str, Any]:
         ]
     return {
         "answers": len(answers),
-        "answers_of_versions": len({answer.kb_version for answer in answers}),
-        "refused": sum(answer.refused for answer in answers),
-        "citations": sum(len(answer.citations) for answer in answers),
+        "answers_of_versions": len({answer.kb_version for _, answer in answers}),
+        "answers_older_than_served": num_old,
+        "refused": sum(answer.refused for _, answer in answers),
+        "citations": sum(len(answer.citations) for _, answer in answers),
         "citations_of_other_versions": len(wrong),
         "wrong": wrong[:3],
     }

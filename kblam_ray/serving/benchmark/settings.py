@@ -15,7 +15,7 @@ class _Served(JobConfig):
     grounding: Literal["off", "cite", "verbatim"] = Field("verbatim", description="of the questions")
     max_tokens: PositiveInt = Field(48, description="longest answer")
     replicas: PositiveInt = Field(1, description="replicas of the server")
-    seed: int = Field(0, description="which facts are asked")
+    seed: int = Field(0, ge=0, description="which facts are drawn")
 
 
 class _Asked(_Served):
