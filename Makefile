@@ -68,4 +68,4 @@ bench: $(READY)
 	$(BIN)/python jobs/benchmark.py attention --num-facts 1000 --num-facts 10000 --rounds 3
 
 clean:
-	rm -rf $(VENV) demo-kb build *.egg-info
+	rm -rf $(VENV) demo-kb build *.egg-info chaos-failures chaos-verdicts.jsonl

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
@@ -45,11 +47,14 @@ def test_nothing_is_lost_with_other_seeds(cluster, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nodes_come_for_a_backlog_and_go(tmp_path_factory):
-    report = autoscale.run(20_000, 2, tmp_path_factory.mktemp("grow"))
+def test_nodes_come_for_a_backlog_and_go():
+    # Not pytest's folder: Ray's sockets lie below it, and a socket's path must be short.
+    with tempfile.TemporaryDirectory(prefix="grow-") as home:
+        report = autoscale.run(200_000, 3, Path(home))
     assert report["exact"], report
     assert report["is_watching_when_gone"]
-    assert report["nodes"] == {"before": 1, "most": 3, "after": 1}
+    assert report["nodes"]["most"] > report["nodes"]["before"] == report["nodes"]["after"] == 1
+    assert report["nodes_that_worked"] > 1
 
 
 def test_the_endpoint_is_killed_and_has_what_it_answered_for(tmp_path):
