@@ -110,6 +110,7 @@ class Refresher:
         return self._summary()
 
     def _catch_up(self) -> None:
+        self._refuse_what_does_not_fit()
         idle_passes = 0
         while True:
             pending, has_progressed = self._pass()
@@ -132,6 +133,12 @@ class Refresher:
             others = f", and {len(refused) - 1} other files" if len(refused) > 1 else ""
             what = f"{error.what}{others}; all else is taken up"
             raise type(error)(what, where=error.where or first, help=error.help) from error
+
+    def _refuse_what_does_not_fit(self) -> None:
+        """Wrong settings are said at once, and not only when there is something to take up with them."""
+        log = self._history.look()
+        if log is not None or self._settings.encoder:
+            self._resident.info(log)
 
     def _keep_watching(self) -> None:
         backoff_s = _BACKOFF_S[0]
@@ -189,6 +196,7 @@ class Refresher:
     def _take_up(self, pending: Pending) -> bool:
         started = time.monotonic()
         sync = pending.all_files is not None
+        planned_for = self._resident.info(self._history.log)
         files = pending.all_files if pending.all_files is not None else self._batch(pending)
         try:
             outcome = self._one_commit(files, sync)
@@ -206,7 +214,10 @@ class Refresher:
             if sync and error.code == InputError.code:
                 self._hold(pending, error)
                 return False
-            raise
+            if self._resident.info(self._history.look()) == planned_for:
+                raise
+            # Another program made the table since the look: the next one takes its encoder and its identity.
+            return False
         self._batch_files = min(MAX_BATCH_FILES, 2 * self._batch_files)
         self._refuse(outcome.refused)
         self._watch.accept(outcome.taken)

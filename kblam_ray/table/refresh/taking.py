@@ -67,6 +67,7 @@ class Resident:
     def __init__(self, settings: RefreshSettings, history: History, sources: Sources) -> None:
         self._settings, self._history, self._sources = settings, history, sources
         self._asked: EncoderSpec | None = None
+        self._spec: EncoderSpec | None = None  # of the encoder and of the embeddings
         self._encoder: Encoder | None = None
         self._embeddings: dict[str, np.ndarray] = {}
 
@@ -76,11 +77,19 @@ class Resident:
         Raises:
             EncoderError, EncoderNotFoundError: it cannot be had.
         """
-        if self._encoder is None:
-            spec = self.info(self._history.log).encoder
+        return self._encoder_of(self.info(self._history.log).encoder)
+
+    def _encoder_of(self, spec: EncoderSpec) -> Encoder:
+        if self._encoder is None or not _is_same(spec, self._spec):
+            self._forget_others_than(spec)
             name = self._settings.encoder or spec.name
             self._encoder = load_encoder(EncoderSettings(name=name, expected_revision=spec.revision, **self._options()))
         return self._encoder
+
+    def _forget_others_than(self, spec: EncoderSpec) -> None:
+        """Another program may have made the table, or made it anew, with another encoder than the one in memory."""
+        if not _is_same(spec, self._spec):
+            self._spec, self._encoder, self._embeddings = spec, None, {}
 
     def info(self, log: TableLog | None) -> TableInfo:
         """What a version says that its table is made with, or, without one, what it will be made with.
@@ -158,10 +167,10 @@ class Resident:
                 limits = [limit for file in files for limit in [self._limit(file)] * len(batch.facts[file])]
                 plan = restricted(plan, facts, limits, info, log)
             written = [facts[row] for row in plan.written]
-            if not self._embed(texts_of(written), outcome):
+            if not self._embed(texts_of(written), info.encoder, outcome):
                 return False
             history.look()
-            if history.ledger.last_seen <= base or not tries_left:
+            if (history.ledger.last_seen <= base and _is_one_table(log, history.log)) or not tries_left:
                 break
         tags = {file.uri: file.tag for file in files}
         outcome.taken = list(batch.facts)
@@ -193,16 +202,27 @@ class Resident:
                 del batch.facts[file]
                 outcome.moved.append(file)
 
-    def _embed(self, texts: list[str], outcome: Outcome) -> bool:
+    def _embed(self, texts: list[str], spec: EncoderSpec, outcome: Outcome) -> bool:
+        self._forget_others_than(spec)
         new = [text for text in texts if text not in self._embeddings]
         if len(new) > self._settings.small_texts:
             return False
         if len(self._embeddings) + len(new) > _MAX_KEPT_EMBEDDINGS:
             self._embeddings = {text: self._embeddings[text] for text in texts if text in self._embeddings}
         if new:
-            self._embeddings.update(zip(new, self.encoder().encode(new), strict=True))
+            self._embeddings.update(zip(new, self._encoder_of(spec).encode(new), strict=True))
             outcome.texts_embedded += len(new)
         return True
+
+
+def _is_same(spec: EncoderSpec, other: EncoderSpec | None) -> bool:
+    # By what is inside, as in `TableInfo.require_same`: one encoder may go by several names.
+    return other is not None and (spec.revision, spec.dim) == (other.revision, other.dim)
+
+
+def _is_one_table(log: TableLog | None, now: TableLog | None) -> bool:
+    """Whether two looks saw one table, or both none: a plan for one table says nothing of another."""
+    return (log and log.table_id) == (now and now.table_id)
 
 
 def restricted(
