@@ -57,6 +57,7 @@ class Report:
 
     Attributes:
         refused: URI -> why the file is kept out.
+        hindrance: why a sync deletes nothing, None where nothing hinders it.
         vacuumed_at: when the table was last vacuumed, seconds since 1970, by whichever run said so in the status file.
     """
 
@@ -76,6 +77,7 @@ class Report:
     failures: int = 0
     lag: Lag = field(default_factory=Lag)
     refused: dict[str, KblamError] = field(default_factory=dict)
+    hindrance: str | None = None
     vacuumed_at: float = 0.0
     _trouble: str = ""
     _written_at: float = 0.0
@@ -97,6 +99,12 @@ class Report:
         """Files that went or changed are no longer kept out."""
         uris = {file.uri for file in still_refused}
         self.refused = {uri: error for uri, error in self.refused.items() if uri in uris}
+
+    def hindered(self, why: str | None) -> None:
+        """Facts of files that are not there are not deleted, and why; None: nothing hinders that. Said once."""
+        if why and why != self.hindrance:
+            self.say(f"nothing is deleted: {why}")
+        self.hindrance = why
 
     def fail(self, error: KblamError, wait_s: float) -> None:
         """A try failed and will be made again; said when the error is another than the last one."""
@@ -214,6 +222,7 @@ class Report:
             "added": self.added,
             "changed": self.changed,
             "deleted": self.deleted,
+            "nothing_deleted_because": self.hindrance,
             "texts_embedded": self.texts_embedded,
             "compactions": self.compactions,
             "vacuumed_files": self.vacuumed_files,

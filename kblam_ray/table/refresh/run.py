@@ -179,6 +179,7 @@ class Refresher:
         self._watch.look(receive=self._settings.once)
         self._say_unnameable()
         pending = self._watch.pending(history.ledger)
+        report.hindered(pending.hindrance)
         report.forget_refused(self._watch.refused())
         report.looked([*pending.files, *pending.unsettled], None if log is None else log.version)
         has_progressed = False

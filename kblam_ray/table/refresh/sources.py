@@ -65,6 +65,15 @@ class Pattern:
             raise InputError("a wildcard in a bucket's name", where=self.uri, help="name the bucket")
         self._parts = tuple(self.uri[len(self.base) :].strip("/").split("/")) if wildcard else None
 
+    @property
+    def has_place(self) -> bool:
+        """Of a local one: whether its folder is there, or the file itself, or the folder that the file is gone from."""
+        base = self.base or "/"
+        if os.path.exists(base):
+            return True
+        is_file = base == self.uri and format_of(base) is not None
+        return is_file and not os.path.islink(base) and os.path.isdir(os.path.dirname(base))
+
     def means(self, uri: str) -> bool:
         """Whether the file `uri`, of a supported kind, is one of the pattern's."""
         if format_of(uri) is None:
@@ -88,6 +97,7 @@ class Sources:
         settle_s: how long a local file that may still be written must have stood still.
 
     Attributes:
+        loose_links: links below the inputs that led nowhere when they were last listed.
         unnameable: local files that the last listing passed over, because their names are not UTF-8.
 
     Raises:
@@ -99,6 +109,7 @@ class Sources:
         self._own = tuple({kb_uri + "/", *(storage.beside(kb_uri, kind, "") for kind in ("refresh", "rejected"))})
         self._settle_s = settle_s
         self._first_seen: dict[str, tuple[str, float]] = {}
+        self.loose_links: set[str] = set()
         self.unnameable: set[str] = set()
         for pattern in self.patterns:
             if os.path.isfile(pattern.uri) and format_of(pattern.uri) is None:
@@ -111,8 +122,11 @@ class Sources:
         return not uri.startswith(self._own) and any(pattern.means(uri) for pattern in self.patterns)
 
     def missing(self) -> list[str]:
-        """The local inputs that name one place at which nothing is: a disk that is not mounted looks like that."""
-        return [p.uri for p in self.patterns if not p.is_s3 and p.base == p.uri and not os.path.lexists(p.uri)]
+        """The local inputs whose place is not there: a disk that is not mounted looks like that.
+
+        A file that is gone from a folder that is there is none of them.
+        """
+        return [pattern.uri for pattern in self.patterns if not pattern.is_s3 and not pattern.has_place]
 
     def list(self) -> dict[str, SourceFile]:
         """All files that are there, by URI.
@@ -121,6 +135,7 @@ class Sources:
             StorageError: a disk or a store does not answer.
         """
         found: dict[str, SourceFile] = {}
+        self.loose_links = set()
         for pattern in self.patterns:
             listed = _list_s3(pattern.base) if pattern.is_s3 else self._list_local(pattern.base)
             found.update((file.uri, file) for file in listed if self.means(file.uri))
@@ -151,7 +166,9 @@ class Sources:
                 try:
                     status = os.stat(path)
                 except FileNotFoundError:
-                    continue  # removed since the folder was read, or a link to nothing
+                    if os.path.islink(path):
+                        self.loose_links.add(path)
+                    continue  # removed since the folder was read, or a link that leads nowhere
                 yield self._local(path, status)
 
     def _local(self, path: str, status: os.stat_result) -> SourceFile:

@@ -25,12 +25,14 @@ class Pending:
         disputed: those among them that were taken up and must be read again only because refreshes crossed.
         unsettled: local files that may still be written.
         all_files: all of the sources, where a sync can be made and is owed; else None.
+        hindrance: why a sync that is owed waits for a person; None where none is owed, or nothing but time is missing.
     """
 
     files: list[SourceFile]
     disputed: frozenset[str]
     unsettled: list[SourceFile]
     all_files: list[SourceFile] | None = None
+    hindrance: str | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -117,21 +119,30 @@ class Watch:
             open_files.append(file)
             if verdict is Verdict.DISPUTED:
                 disputed.add(file.uri)
-        all_files = None
-        if self._mode == "sync" and self._can_sync(unsettled):
-            is_gone = any(
-                uri not in self.files and ledger.verdict(uri, GONE) is not Verdict.DONE for uri in ledger.records
-            )
-            if open_files or is_gone or not ledger.is_complete():
+        all_files = hindrance = None
+        if self._mode == "sync" and self._is_sync_owed(ledger, open_files):
+            hindrance = self._hindrance(ledger)
+            # The facts of a file that cannot be read must not go.
+            is_readable = not unsettled and not any(self.is_refused(file) for file in self.files.values())
+            if hindrance is None and is_readable:
                 all_files = in_order(self.files.values())
-        return Pending(in_order(open_files), frozenset(disputed), unsettled, all_files)
+        return Pending(in_order(open_files), frozenset(disputed), unsettled, all_files, hindrance)
 
-    def _can_sync(self, unsettled: list[SourceFile]) -> bool:
-        """Whether all sources can be read: the facts of a file that cannot must not go."""
-        if not self.files or unsettled or any(self.is_refused(file) for file in self.files.values()):
-            return False
-        # A folder that is not there may be a disk that is not mounted; a file that was one is simply gone.
-        return not [uri for uri in self._sources.missing() if not self._sources.means(uri)]
+    def _is_sync_owed(self, ledger: Ledger, open_files: list[SourceFile]) -> bool:
+        is_gone = any(uri not in self.files and ledger.verdict(uri, GONE) is not Verdict.DONE for uri in ledger.records)
+        return bool(open_files) or is_gone or not ledger.is_complete()
+
+    def _hindrance(self, ledger: Ledger) -> str | None:
+        """Why facts of files that are not there must stay for now."""
+        loose = [link for link in sorted(self._sources.loose_links) if _is_known_below(link, ledger)]
+        if missing := [*self._sources.missing(), *loose]:
+            others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            return (
+                f"{missing[0]}{others}: not there. Help: mount it, or take it out of the input if it is gone for good"
+            )
+        if not self.files:
+            return "no input has a file. Help: check the inputs; to empty a table on purpose, delete it"
+        return None
 
     def is_refused(self, file: SourceFile) -> bool:
         """Whether the file is kept out, in this state, now."""
@@ -190,3 +201,9 @@ class Watch:
         self._events.done(done)
         waiting = {event.uri for message in kept for event in message.events}
         self._event_us = {uri: at for uri, at in self._event_us.items() if uri in waiting}
+
+
+def _is_known_below(link: str, ledger: Ledger) -> bool:
+    """Whether anything was taken up through a link and has not gone: one that always led nowhere hinders nobody."""
+    uris = (uri for uri in ledger.records if uri == link or uri.startswith(link + "/"))
+    return any(ledger.verdict(uri, GONE) is not Verdict.DONE for uri in uris)
