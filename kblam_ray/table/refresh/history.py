@@ -38,6 +38,7 @@ class History:
         self.ledger = Ledger()
         self.log: TableLog | None = None
         self._kept = NO_TABLE
+        self._notes_not_kept = 0
         self._history = -1
         self._unsaid: dict[str, tuple[str, int]] = {}
         self._said: dict[str, tuple[str, int]] = {}
@@ -59,13 +60,13 @@ class History:
             if self.log is not None:
                 self._follower = TableFollower(self.uri)
                 self.ledger, self.log, self._history, self._kept = Ledger(), None, -1, NO_TABLE
-                self._unsaid = {}
+                self._unsaid, self._notes_not_kept = {}, 0
             return None
         if self._follower.history != self._history:
             # The first look, or another table in the place of the one that was known.
             is_first, self._history = self._history < 0, self._follower.history
-            self.ledger = (self._read_copy(log) if is_first else None) or Ledger()
-            self._kept = self.ledger.version
+            self.ledger, self._unsaid = (self._read_copy(log) if is_first else None) or (Ledger(), {})
+            self._kept, self._notes_not_kept = self.ledger.version, 0
         if log.version > self.ledger.version:
             self._fold_up_to(log.version)
         self.log = log
@@ -74,10 +75,11 @@ class History:
     def observe(self, files: Mapping[str, str], base: int, *, complete: bool = False) -> None:
         """Note that at version `base` the table had nothing to take up from `files`; see `Ledger.observe`.
 
-        It is not in the log, so the next commit says it too: whoever does not know that a file was looked at would
-        take it up after files that were modified later.
+        It is not in the log, so the next commit says it too, be it of a later run: whoever does not know that a file
+        was looked at would take it up after files that were modified later, and over what was written by hand since.
         """
         self.ledger.observe(files, base, complete=complete)
+        self._notes_not_kept += 1
         self._unsaid.update((uri, (tag, base)) for uri, tag in files.items())
 
     def saying(self, files: Mapping[str, str], base: int, *, complete: bool, updated_at: int) -> dict[str, Any]:
@@ -101,28 +103,33 @@ class History:
         Raises:
             StorageError: it cannot be written; nothing is lost by that.
         """
-        if self.log is None or self.ledger.version == self._kept:
+        if self.log is None or not self.changes_not_kept:
             return
-        data = {"format": _FORMAT, "table_id": self.log.table_id, **self.ledger.to_json()}
+        unsaid = [[uri, tag, base] for uri, (tag, base) in self._unsaid.items()]
+        data = {"format": _FORMAT, "table_id": self.log.table_id, "unsaid": unsaid, **self.ledger.to_json()}
         storage.replace_file(self._copy_place(), json.dumps(data, ensure_ascii=False).encode("utf-8"))
-        self._kept = self.ledger.version
+        self._kept, self._notes_not_kept = self.ledger.version, 0
 
     @property
-    def commits_not_kept(self) -> int:
-        """Versions since the copy beside the table was made."""
-        return self.ledger.version - self._kept
+    def changes_not_kept(self) -> int:
+        """Versions, and looks with nothing to do, since the copy beside the table was made."""
+        return self.ledger.version - self._kept + self._notes_not_kept
 
     def _copy_place(self) -> str:
         return storage.beside(self.uri, "refresh", "ledger.json")
 
-    def _read_copy(self, log: TableLog) -> Ledger | None:
-        """The copy beside the table, where it is one of this table's past; it only saves work: damage is no error."""
+    def _read_copy(self, log: TableLog) -> tuple[Ledger, dict[str, tuple[str, int]]] | None:
+        """The copy beside the table, where it is one of this table's past, and what no commit says of it yet.
+
+        It only saves work: damage is no error.
+        """
         data = storage.read_file(self._copy_place())
         try:
             found: dict[str, Any] = json.loads(data or b"{}")
             if found["format"] != _FORMAT or found["table_id"] != log.table_id or found["version"] > log.version:
                 return None
-            return Ledger.from_json(found)
+            unsaid = {str(uri): (str(tag), int(base)) for uri, tag, base in found.get("unsaid", [])}
+            return Ledger.from_json(found), unsaid
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

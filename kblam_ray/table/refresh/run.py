@@ -50,7 +50,7 @@ MAX_IDLE_PASSES = 30
 """How often `--once` finds work that cannot be done, because files change while they are read, before it gives up."""
 
 _BACKOFF_S = (1.0, 30.0)
-_KEEP_EVERY_COMMITS = 100
+_KEEP_EVERY_CHANGES = 100
 _SLICE_S = 0.1
 _LISTING_SHARE = 5
 
@@ -189,7 +189,7 @@ class Refresher:
         self._watch.settle_messages(history.ledger)
         if not self._settings.once:
             self._upkeep.consider(history.log)
-        if history.commits_not_kept >= _KEEP_EVERY_COMMITS:
+        if history.changes_not_kept >= _KEEP_EVERY_CHANGES:
             history.keep()
         report.write_status("watching")
         return pending, has_progressed
