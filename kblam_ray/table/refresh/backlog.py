@@ -71,6 +71,7 @@ def take_up_backlog(
             history.committed()
         outcome.added, outcome.changed = summary["added"], summary["changed"]
         outcome.deleted, outcome.texts_embedded = summary["deleted"], summary["texts_embedded"]
+        outcome.rows_rejected, outcome.rejected_path = summary["rows_rejected"], summary["rejected_path"]
         if not summary["committed"] and summary["version"] is not None:
             history.look()
             history.observe({file.uri: file.tag for file in left}, summary["version"], complete=sync)

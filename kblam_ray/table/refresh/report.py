@@ -57,6 +57,7 @@ class Report:
 
     Attributes:
         refused: URI -> why the file is kept out.
+        rejected_path: the last file of rows that were left out; those of earlier refreshes lie beside it.
         hindrance: why a sync deletes nothing, None where nothing hinders it.
         vacuumed_at: when the table was last vacuumed, seconds since 1970, by whichever run said so in the status file.
     """
@@ -68,6 +69,8 @@ class Report:
     refreshes: int = 0
     files_read: int = 0
     files_waiting: int = 0
+    rows_rejected: int = 0
+    rejected_path: str | None = None
     added: int = 0
     changed: int = 0
     deleted: int = 0
@@ -145,6 +148,8 @@ class Report:
         self.files_read += len(outcome.taken)
         self.files_waiting = max(0, self.files_waiting - len(outcome.taken))
         self.texts_embedded += outcome.texts_embedded
+        self.rows_rejected += outcome.rows_rejected
+        self.rejected_path = outcome.rejected_path or self.rejected_path
         for file in outcome.taken:
             self.refused.pop(file.uri, None)
         if self.metrics:
@@ -219,6 +224,8 @@ class Report:
             "files_read": self.files_read,
             "files_waiting": self.files_waiting,
             "files_failed": len(self.refused),
+            "rows_rejected": self.rows_rejected,
+            "rejected_path": self.rejected_path,
             "added": self.added,
             "changed": self.changed,
             "deleted": self.deleted,

@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from kblam_ray import storage
 from kblam_ray.encoders import EncoderOptions, EncoderSettings, encoder_spec, load_encoder
 from kblam_ray.encoders.base import Encoder, EncoderSpec
 from kblam_ray.errors import InputError, KblamError
-from kblam_ray.facts import Fact, write_rejected
+from kblam_ray.facts import Fact, RejectedRow, write_rejected
 from kblam_ray.facts.fact import DEFAULT_IDENTITY, fact_id
 from kblam_ray.table.live import find_winners
 from kblam_ray.table.log import TableLog, commit, next_updated_at
@@ -49,6 +50,7 @@ class Outcome:
         version: that holds the commit; None if there was nothing to write.
         taken: files that the table is in step with, by the commit or because nothing differed.
         refused, moved: as in `ReadBatch`.
+        rejected_path: where the rows are that are no facts; None if there were none.
     """
 
     version: int | None = None
@@ -59,6 +61,8 @@ class Outcome:
     changed: int = 0
     deleted: int = 0
     texts_embedded: int = 0
+    rows_rejected: int = 0
+    rejected_path: str | None = None
 
 
 class Resident:
@@ -139,10 +143,6 @@ class Resident:
             )
         if batch.facts and not self._commit(batch, outcome, sync, disputed):
             return None
-        if batch.rejected and outcome.taken:
-            place = storage.beside(self._history.uri, "rejected", f"{uuid.uuid4().hex}.jsonl")
-            write_rejected(batch.rejected, place)
-            print(f"refresh: {len(batch.rejected)} rows rejected: {place}", file=sys.stderr, flush=True)
         return outcome
 
     def _commit(self, batch: ReadBatch, outcome: Outcome, sync: bool, disputed: Disputed) -> bool:
@@ -173,6 +173,8 @@ class Resident:
             if (history.ledger.last_seen <= base and _is_one_table(log, history.log)) or not tries_left:
                 break
         tags = {file.uri: file.tag for file in files}
+        # Before the commit: once it says that the files are taken up, nobody reads them for their bad rows again.
+        self._write_rejected([row for row in batch.rejected if row.file in tags], outcome)
         outcome.taken = list(batch.facts)
         if plan.is_empty:
             history.observe(tags, base, complete=sync)
@@ -188,6 +190,16 @@ class Resident:
         outcome.added, outcome.changed = len(plan.added), len(plan.changed)
         outcome.deleted = len(plan.deleted_ids)
         return True
+
+    def _write_rejected(self, rows: list[RejectedRow], outcome: Outcome) -> None:
+        if not rows:
+            return
+        # Named after what it holds: a commit that is tried again writes the same file.
+        digest = blake2b(repr(rows).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+        place = storage.beside(self._history.uri, "rejected", f"{digest}.jsonl")
+        write_rejected(rows, place)
+        outcome.rows_rejected, outcome.rejected_path = len(rows), place
+        print(f"refresh: {len(rows)} rows rejected: {place}", file=sys.stderr, flush=True)
 
     def _verdict(self, file: SourceFile) -> Verdict:
         return self._history.ledger.verdict(file.uri, file.tag)

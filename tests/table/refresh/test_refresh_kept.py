@@ -6,10 +6,12 @@ import json
 import os
 
 import pytest
-from refresh_samples import contents, once, put, watcher
+from refresh_samples import contents, lines, once, put, watcher
 
 from kblam_ray import KnowledgeBase
+from kblam_ray.errors import StorageError
 from kblam_ray.table.commits import read_commits
+from kblam_ray.table.refresh import taking
 from kblam_ray.table.refresh.ledger import METADATA_KEY
 
 
@@ -85,3 +87,34 @@ def test_a_copy_of_an_earlier_release_is_read(kb, folder):
     del data["unsaid"]
     copy.write_text(json.dumps(data))
     assert once(kb, folder)["files_read"] == 0
+
+
+def away(*_, **__):
+    raise StorageError("away", help="wait")
+
+
+@pytest.mark.parametrize("step", ["write_rejected", "commit"])
+def test_rows_that_are_left_out_are_kept_before_their_file_counts_as_taken_up(kb, folder, monkeypatch, step):
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(lines([("a", "p", "1")]) + '{"entity": "b"}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(taking, step, away)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="away"):
+                once(kb, folder, on_error="skip")
+    summary = once(kb, folder, on_error="skip")
+    (rejected,) = (kb.parent / "kb.rejected").iterdir()
+    assert json.loads(rejected.read_text())["line"] == 2
+    assert (summary["rows_rejected"], summary["rejected_path"]) == (1, str(rejected))
+    status = json.loads((kb.parent / "kb.refresh" / "status.json").read_text())
+    assert (status["rows_rejected"], status["rejected_path"]) == (1, str(rejected))
+    again = once(kb, folder, on_error="skip")
+    assert (again["rows_rejected"], again["rejected_path"]) == (0, None)
+
+
+def test_rows_of_a_file_without_any_fact_are_kept_too(kb, folder):
+    put(folder / "a.jsonl", ("a", "p", "1"))
+    once(kb, folder)
+    (folder / "b.jsonl").write_text('{"entity": "b"}\n')
+    summary = once(kb, folder, on_error="skip")
+    assert (summary["refreshes"], summary["files_read"], summary["rows_rejected"]) == (0, 1, 1)
