@@ -108,7 +108,7 @@ def _step(
         return history.saying(tags, base, complete=sync, updated_at=updated_at)
 
     def scanned(scan: Scan) -> None:
-        moved = [file for file in files if (now := sources.look_at(file.uri)) is None or now.tag != file.tag]
+        moved = [file for file in files if not file.is_still(sources.look_at(file.uri))]
         refused: dict[SourceFile, KblamError] = {
             files[number]: row.to_error()
             for number, row in scan.first_refused(settings.on_error).items()

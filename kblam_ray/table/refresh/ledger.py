@@ -35,6 +35,40 @@ MAX_COMMITS_KNOWN = 1_000
 """Refreshes that are told apart when one that began long ago crosses them; earlier ones' files are taken up anew."""
 
 
+def with_moment(state: str, moment: int) -> str:
+    """The tag of a file in a state, in which it came to be at a moment of its store's clock; see `covers`."""
+    return f"{state}@{moment}"
+
+
+def covers(known: str, tag: str) -> bool:
+    """Whether who has taken up a file as `known` need not take it up as `tag`.
+
+    A later moment in the same state is news: the file was replaced, or put again. An earlier one is none, so that
+    machines that see different moments, because each has a copy of its own, do not take turns for ever: they agree on
+    the latest. A tag without a moment, as in tables of earlier releases, covers its state at any moment.
+    """
+    if known == tag:
+        return True
+    (known_state, known_moment), (state, moment) = _parts(known), _parts(tag)
+    if moment is None or state != known_state:
+        return False
+    return known_moment is None or known_moment >= moment
+
+
+def state_of(tag: str) -> str:
+    """The tag without its moment."""
+    return _parts(tag)[0]
+
+
+def _moment(tag: str) -> int:
+    return _parts(tag)[1] or 0
+
+
+def _parts(tag: str) -> tuple[str, int | None]:
+    state, _, moment = tag.rpartition("@")
+    return (state, int(moment)) if moment.isdecimal() and state else (tag, None)
+
+
 class Verdict(Enum):
     """What must be done about a file: nothing; take it up; or read it again, because refreshes crossed."""
 
@@ -118,8 +152,11 @@ class Record:
         if base >= self.floor:
             self.stamps.clear()
         if len(self.tags) > 2:
-            # Only the newest other state can outdate one; an older state that comes back is a change.
-            self.tags = dict(sorted(self.tags.items(), key=lambda item: (item[1][1], item[1][0]))[-2:])
+            # Only the newest other state can outdate one; an older state that comes back is a change. Of a kept state
+            # the latest moment stays, so that the machine that sees it knows the state again.
+            newest = sorted(self.tags, key=lambda tag: (self.tags[tag][1], self.tags[tag][0]))[-2:]
+            latest = {max((tag for tag in self.tags if covers(tag, kept)), key=_moment) for kept in newest}
+            self.tags = {tag: at for tag, at in self.tags.items() if tag in newest or tag in latest}
 
 
 @dataclass
@@ -162,12 +199,15 @@ class Ledger:
     def verdict(self, uri: str, tag: str) -> Verdict:
         """What must be done about a file that is now in the state `tag`."""
         record = self.records.get(uri)
-        if record is None or tag not in record.tags:
+        known = [] if record is None else [other for other in record.tags if covers(other, tag)]
+        if record is None or not known:
             return Verdict.CHANGED if tag != GONE or record is not None else Verdict.DONE
-        base, _ = record.tags[tag]
-        others = max((seen for other, (_, seen) in record.tags.items() if other != tag), default=NO_TABLE)
-        if base >= max(others, record.floor):
+        base = max(record.tags[other][0] for other in known)
+        rest = {other: seen for other, (_, seen) in record.tags.items() if other not in known}
+        if base >= max([record.floor, *rest.values()]):
             return Verdict.DONE
+        # What an earlier moment says may be old content, or the same on another machine: it is in dispute, no news.
+        others = max((seen for other, seen in rest.items() if state_of(other) != state_of(tag)), default=NO_TABLE)
         return Verdict.CHANGED if others > max(base, record.floor) else Verdict.DISPUTED
 
     def stamps(self, uri: str) -> frozenset[int]:

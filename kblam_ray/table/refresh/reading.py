@@ -88,6 +88,6 @@ def _read(file: SourceFile, sources: Sources, on_error: Literal["fail", "skip"])
     except StorageError as error:
         return error
     # What was read while the file changed may be a mix of two states, bad rows too.
-    if now is None or now.tag != file.tag:
+    if not file.is_still(now):
         return None
     return refusal or found

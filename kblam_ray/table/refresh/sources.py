@@ -1,8 +1,14 @@
 """The sources of a table as they are now: which files there are, and in which state each is.
 
-A file's state is its tag: an object's ETag and size, a local file's size and time of modification. Objects appear
-whole. A local file may be seen while it is written; it counts as finished when it was moved to its name after the last
-write, or has stood still for a while.
+A file's state is its tag: an object's ETag and size, a local file's size and time of modification; and the moment at
+which it came to be in that state, see `ledger.covers`. For an object that is when it was put, to the second: content
+that is put again was modified last. For a local file it is the last change of its status, which no program can set
+back, so that one of the same size and time in its place is noticed (`rsync -t`, `cp -p`, `tar`). The price: after a
+`chmod` or a new hard link a file is read once more, and what it says is written over what others wrote, as when it is
+touched. The inode would say no more, and on some network volumes it is another one on every machine or after a mount.
+
+Objects appear whole. A local file may be seen while it is written; it counts as finished when it was moved to its name
+after the last write, or has stood still for a while.
 """
 
 from __future__ import annotations
@@ -11,12 +17,13 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kblam_ray import storage
 from kblam_ray.errors import InputError
 from kblam_ray.facts.inputs import SUPPORTED, InputFile, format_of, matches
 from kblam_ray.table.refresh import s3
+from kblam_ray.table.refresh.ledger import state_of, with_moment
 
 _WILDCARD = re.compile(r"[*?[]")
 
@@ -27,8 +34,9 @@ class SourceFile:
 
     Attributes:
         tag: stands for the file's content; another content has another tag.
-        modified_us: microseconds since 1970, as the disk or the store says.
+        modified_us: microseconds since 1970, as the disk or the store says; the order in which files count.
         is_settled: whether it is sure that nobody writes to it any more.
+        changed_us: when the disk last changed the file's status, as when it is moved; 0 where that is unknown.
     """
 
     uri: str
@@ -36,6 +44,21 @@ class SourceFile:
     modified_us: int
     size_bytes: int
     is_settled: bool = True
+    changed_us: int = 0
+
+    @property
+    def since_us(self) -> int:
+        """Since when the file is there as it is: one that is moved in may have been modified long before."""
+        return max(self.modified_us, self.changed_us)
+
+    def is_still(self, now: SourceFile | None) -> bool:
+        """Whether a later look at the file found the same content."""
+        if now is None:
+            return False
+        # An ETag says it all; the time of a listing and that of a look at one object may be rounded in two ways.
+        if storage.is_s3(self.uri):
+            return state_of(now.tag) == state_of(self.tag)
+        return now.tag == self.tag
 
     def as_input(self) -> InputFile:
         """The file as the readers of facts take it."""
@@ -172,8 +195,9 @@ class Sources:
                 yield self._local(path, status)
 
     def _local(self, path: str, status: os.stat_result) -> SourceFile:
-        tag = f"{status.st_size}-{status.st_mtime_ns}"
-        file = SourceFile(path, tag, status.st_mtime_ns // 1_000, status.st_size)
+        tag = with_moment(f"{status.st_size}-{status.st_mtime_ns}", status.st_ctime_ns)
+        changed_us = status.st_ctime_ns // 1_000
+        file = SourceFile(path, tag, status.st_mtime_ns // 1_000, status.st_size, changed_us=changed_us)
         # Moving a file changes its status and not its content: it was finished before it got its name.
         was_moved = status.st_ctime_ns > status.st_mtime_ns and status.st_size > 0
         if was_moved or time.time() - status.st_mtime >= self._settle_s:
@@ -184,7 +208,7 @@ class Sources:
             self._first_seen[path] = (tag, since := time.monotonic())
         if time.monotonic() - since >= self._settle_s:
             return file
-        return SourceFile(path, tag, file.modified_us, file.size_bytes, is_settled=False)
+        return replace(file, is_settled=False)
 
 
 def _walk(base: str) -> Iterator[str]:
@@ -219,7 +243,9 @@ def _list_s3(base: str) -> Iterator[SourceFile]:
 
 
 def _object(uri: str, etag: str, size_bytes: int, modified_s: float) -> SourceFile:
-    return SourceFile(uri, f"{etag}-{size_bytes}", int(modified_s * 1_000_000), size_bytes)
+    # Whole seconds: some stores list finer times than they tell of one object.
+    tag = with_moment(f"{etag}-{size_bytes}", int(modified_s))
+    return SourceFile(uri, tag, int(modified_s * 1_000_000), size_bytes)
 
 
 def _is_utf8(text: str) -> bool:

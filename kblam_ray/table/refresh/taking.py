@@ -209,8 +209,7 @@ class Resident:
 
     def _drop_moved(self, batch: ReadBatch, outcome: Outcome) -> None:
         for file in list(batch.facts):
-            now = self._sources.look_at(file.uri)
-            if now is None or now.tag != file.tag:
+            if not file.is_still(self._sources.look_at(file.uri)):
                 del batch.facts[file]
                 outcome.moved.append(file)
 

@@ -195,14 +195,17 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=250)
-@given(actions=ACTIONS, skews=st.tuples(*[st.integers(0, 40)] * 3), forgets=st.booleans())
-def test_whatever_crosses_the_table_ends_as_the_files_say(actions: list, skews: tuple, forgets: bool):
+@given(
+    actions=ACTIONS, skews=st.tuples(*[st.integers(0, 40)] * 3), forgets=st.booleans(), tag=st.sampled_from(["", "s@"])
+)
+def test_whatever_crosses_the_table_ends_as_the_files_say(actions: list, skews: tuple, forgets: bool, tag: str):
+    """Also where nothing but the moment tells one content of a file from another."""
     table, files = Table(), {}
     workers = [Worker(table, skew) for skew in skews]
     for now, (what, which) in enumerate(actions, start=1):
         if what == "write":
             facts = {fact: f"{which}{now}{fact}" for fact in FACTS_OF_FILE[which]}
-            files[which] = (now, f"{now}", facts)
+            files[which] = (now, f"{tag}{now}", facts)
         else:
             workers[which].step(files, now)
     now = len(actions)

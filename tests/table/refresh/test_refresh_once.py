@@ -54,7 +54,8 @@ def test_the_commit_says_what_it_took_up(kb, folder):
     once(kb, folder)
     (commit,) = read_commits(str(kb), [0]) or []
     status = path.stat()
-    assert commit.info[METADATA_KEY]["files"] == [[str(path), f"{status.st_size}-{status.st_mtime_ns}"]]
+    tag = f"{status.st_size}-{status.st_mtime_ns}@{status.st_ctime_ns}"
+    assert commit.info[METADATA_KEY]["files"] == [[str(path), tag]]
     (write_id,) = commit.write_ids
     assert write_id.startswith("refresh-")
 
