@@ -41,12 +41,14 @@ class RefreshMetrics:
         self._lag = made(
             Histogram,
             "lag_seconds",
-            "From a file's modification to the commit that took it up.",
+            "From a file's modification, or its move to its place, to the commit that took it up.",
             buckets=_LAG_BUCKETS_S,
         )
         self._seconds = made(Histogram, "seconds", "Time of a refresh that committed.", buckets=_LAG_BUCKETS_S)
         self._waiting = made(Gauge, "waiting_files", "Files that are changed and not taken up yet.")
-        self._oldest = made(Gauge, "oldest_waiting_seconds", "How long ago the oldest waiting file was modified.")
+        self._oldest = made(
+            Gauge, "oldest_waiting_seconds", "How long ago the oldest waiting file was modified or moved to its place."
+        )
         self._refused = made(Gauge, "refused_files", "Files kept out because they cannot be read.")
         self._version = made(Gauge, "kb_version", "Newest version of the table.")
         self._last_look = made(Gauge, "last_look_timestamp_seconds", "When the sources were last listed, Unix time.")
@@ -76,7 +78,7 @@ class RefreshMetrics:
         Args:
             at_s: when, Unix time.
             waiting: number of files that are changed and not taken up yet.
-            oldest_at_s: when the oldest of them was modified, Unix time; None if none waits.
+            oldest_at_s: since when the oldest of them is as it is, Unix time; None if none waits.
         """
         self._last_look.labels(kb=self._kb).set(at_s)
         self._waiting.labels(kb=self._kb).set(waiting)

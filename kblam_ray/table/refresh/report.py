@@ -26,7 +26,7 @@ MAX_NAMED_FILES = 20
 
 @dataclass
 class Lag:
-    """Seconds from files' modifications to the commits that took them up."""
+    """Seconds from when files came to be as they are to the commits that took them up."""
 
     last: float | None = None
     max: float | None = None
@@ -129,7 +129,7 @@ class Report:
         """The sources were looked at: so many files wait to be taken up."""
         self.version, self.files_waiting = version, len(waiting)
         if self.metrics:
-            oldest_at_s = min((file.modified_us / 1e6 for file in waiting), default=None)
+            oldest_at_s = min((file.since_us / 1e6 for file in waiting), default=None)
             self.metrics.looked(
                 at_s=time.time(),
                 waiting=len(waiting),
@@ -138,11 +138,11 @@ class Report:
                 version=version,
             )
 
-    def took_up(self, outcome: Outcome, modified_us: dict[str, int], seconds: float) -> None:
+    def took_up(self, outcome: Outcome, since_us: dict[str, int], seconds: float) -> None:
         """A refresh ended, with a commit or because nothing differed.
 
         Args:
-            modified_us: when the files that were new or changed were modified, by URI.
+            since_us: since when the files that were new or changed are as they are, by URI.
         """
         now = time.time()
         self.files_read += len(outcome.taken)
@@ -161,8 +161,8 @@ class Report:
         self.added, self.changed = self.added + outcome.added, self.changed + outcome.changed
         self.deleted += outcome.deleted
         # A clock of another machine may be ahead of ours: no commit comes before what it takes up.
-        taken = [file.uri for file in outcome.taken if file.uri in modified_us]
-        lags_s = [max(0.0, now - modified_us[uri] / 1e6) for uri in taken]
+        taken = [file.uri for file in outcome.taken if file.uri in since_us]
+        lags_s = [max(0.0, now - since_us[uri] / 1e6) for uri in taken]
         self.lag.add(lags_s)
         if self.metrics:
             facts = {"added": outcome.added, "changed": outcome.changed, "deleted": outcome.deleted}

@@ -222,7 +222,7 @@ class Refresher:
         self._batch_files = min(MAX_BATCH_FILES, 2 * self._batch_files)
         self._refuse(outcome.refused)
         self._watch.accept(outcome.taken)
-        news = {file.uri: self._watch.modified_us(file) for file in pending.files if file.uri not in pending.disputed}
+        news = {file.uri: self._watch.since_us(file) for file in pending.files if file.uri not in pending.disputed}
         self._report.took_up(outcome, news, time.monotonic() - started)
         return bool(outcome.taken or outcome.refused)
 

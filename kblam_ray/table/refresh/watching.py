@@ -101,10 +101,10 @@ class Watch:
         self._messages += self._unfollowed
         self._unfollowed = []
 
-    def modified_us(self, file: SourceFile) -> int:
+    def since_us(self, file: SourceFile) -> int:
         """When the file came to be as it is: as its event says, to the millisecond, else as the store says."""
         etag, at_us = self._event_us.get(file.uri, ("", 0))
-        return at_us if etag and file.tag.startswith(f"{etag}-") else file.modified_us
+        return at_us if etag and file.tag.startswith(f"{etag}-") else file.since_us
 
     def pending(self, ledger: Ledger) -> Pending:
         """What must be done, as far as the ledger knows."""

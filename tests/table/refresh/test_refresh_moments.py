@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import boto3
 import pytest
-from refresh_samples import contents, lines, once, put
+from refresh_samples import contents, lines, once, put, watcher
 
 from kblam_ray import KnowledgeBase
 from kblam_ray.table.refresh import s3
@@ -131,3 +132,19 @@ def test_content_is_told_by_the_etag_and_on_a_disk_by_the_whole_tag():
     assert not remote.is_still(SourceFile("s3://b/a.jsonl", "f-1@5", 5, 1))
     assert not remote.is_still(None)
     assert not SourceFile("/b/a.jsonl", "1-1@5", 5, 1).is_still(SourceFile("/b/a.jsonl", "1-1@6", 5, 1))
+
+
+def test_lag_counts_from_when_a_file_came_and_order_from_when_it_was_modified(tmp_path):
+    kb, folder = tmp_path / "kb", tmp_path / "in"
+    put(folder / "b.jsonl", ("a", "p", "newer"))
+    old = put(tmp_path / "elsewhere" / "a.jsonl", ("a", "p", "old"))
+    os.utime(old, (time.time() - 3_600,) * 2)
+    old.rename(folder / "a.jsonl")
+    refresher = watcher(kb, folder)
+    refresher._watch.look()
+    pending = refresher._watch.pending(Ledger())
+    assert [file.uri[-7:] for file in pending.files] == ["a.jsonl", "b.jsonl"]
+    assert once(kb, folder)["lag_s"]["max"] < 600
+    assert contents(kb) == {("a", "p"): "newer"}
+    # What waits has waited from then on too.
+    assert max(time.time() - file.since_us / 1e6 for file in pending.files) < 600
