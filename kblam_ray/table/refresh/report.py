@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -88,21 +88,24 @@ class Report:
         """Files are kept out; said once for each state of each file."""
         for file, error in files.items():
             self.refused[file.uri] = error
-            self.failures += 1
             self.say(f"kept out: {error}")
-            if self.metrics:
-                self.metrics.failed(error.code)
+            self._count(error)
 
-    def forget_refused(self, still_refused: list[SourceFile]) -> None:
-        """Files that went or changed are no longer kept out."""
-        uris = {file.uri for file in still_refused}
-        self.refused = {uri: error for uri, error in self.refused.items() if uri in uris}
+    def refuse_places(self, places: Mapping[str, KblamError]) -> None:
+        """What is at these URIs cannot be looked at; said once, until `forget_refused` is told otherwise."""
+        for uri, error in places.items():
+            if uri not in self.refused:
+                self.say(f"kept out: {error}")
+                self._count(error)
+            self.refused[uri] = error
+
+    def forget_refused(self, still_refused: Collection[str]) -> None:
+        """URIs that are not among these are no longer kept out: they went, changed or can be read."""
+        self.refused = {uri: error for uri, error in self.refused.items() if uri in still_refused}
 
     def fail(self, error: KblamError, wait_s: float) -> None:
         """A try failed and will be made again; said when the error is another than the last one."""
-        self.failures += 1
-        if self.metrics:
-            self.metrics.failed(error.code)
+        self._count(error)
         if str(error) != self._trouble:
             self._trouble = str(error)
             self.say(f"{error} (trying again in {wait_s:.0f} s, and so on)")
@@ -219,6 +222,11 @@ class Report:
             "vacuumed_files": self.vacuumed_files,
             "lag_s": self.lag.summary(),
         }
+
+    def _count(self, error: KblamError) -> None:
+        self.failures += 1
+        if self.metrics:
+            self.metrics.failed(error.code)
 
     def _status_place(self) -> str:
         return storage.beside(self.kb_uri, "refresh", "status.json")

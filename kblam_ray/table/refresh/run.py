@@ -88,7 +88,7 @@ class Refresher:
         self._upkeep = Upkeep(uri, settings, self._report)
         self._batch_files = MAX_BATCH_FILES
         self._held: tuple[object, str] | None = None
-        self._unnameable: set[str] = set()
+        self._passed_over: set[str] = set()
         self.stopping = False
 
     def run(self) -> dict[str, Any]:
@@ -170,9 +170,11 @@ class Refresher:
             report.previous_version = log.version
             report.read_status()
         self._watch.look(receive=self._settings.once)
-        self._say_unnameable()
+        self._say_passed_over()
         pending = self._watch.pending(history.ledger)
-        report.forget_refused(self._watch.refused())
+        unreadable = self._sources.unreadable
+        report.forget_refused({file.uri for file in self._watch.refused()} | unreadable.keys())
+        report.refuse_places(unreadable)
         report.looked([*pending.files, *pending.unsettled], None if log is None else log.version)
         has_progressed = False
         if not pending.is_empty and not self._is_held(pending):
@@ -253,10 +255,11 @@ class Refresher:
     def _refuse(self, refused: dict[SourceFile, KblamError]) -> None:
         self._report.refuse(self._watch.refuse(refused))
 
-    def _say_unnameable(self) -> None:
-        for uri in sorted(self._sources.unnameable - self._unnameable):
-            self._report.say(f"passed over: a name that is not UTF-8: {uri!r}")
-        self._unnameable = set(self._sources.unnameable)
+    def _say_passed_over(self) -> None:
+        passed_over = self._sources.passed_over
+        for uri in sorted(passed_over.keys() - self._passed_over):
+            self._report.say(f"passed over: {passed_over[uri]}: {uri!r}")
+        self._passed_over = set(passed_over)
 
     def _hold(self, pending: Pending, error: KblamError) -> None:
         """A sync that would do harm waits until the sources change."""

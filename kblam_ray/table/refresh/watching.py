@@ -86,7 +86,9 @@ class Watch:
 
     def _follow_events(self) -> None:
         """An event says that an object changed, perhaps long ago; what it is now, the store says."""
-        for uri in {event.uri for message in self._unfollowed for event in message.events}:
+        # Some may be another table's: that is known since the listing, and the message may be older.
+        uris = {event.uri for message in self._unfollowed for event in message.events}
+        for uri in filter(self._sources.means, uris):
             found = self._sources.look_at(uri)
             if found is None:
                 self.files.pop(uri, None)
@@ -118,7 +120,8 @@ class Watch:
             if verdict is Verdict.DISPUTED:
                 disputed.add(file.uri)
         all_files = None
-        if self._mode == "sync" and self._can_sync(unsettled):
+        # What is in a folder that cannot be read is not known: none of it is gone.
+        if self._mode == "sync" and not self._sources.unreadable and self._can_sync(unsettled):
             is_gone = any(
                 uri not in self.files and ledger.verdict(uri, GONE) is not Verdict.DONE for uri in ledger.records
             )

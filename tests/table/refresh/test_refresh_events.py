@@ -158,6 +158,26 @@ def test_a_prefix_is_listed_and_read_by_etag(bucket, tmp_path):
     assert keys == {"kb.refresh/ledger.json", "kb.refresh/status.json"}
 
 
+def test_other_tables_below_a_prefix_are_no_sources(bucket, tmp_path):
+    base = f"s3://{bucket.name}/data"
+    bucket.put("data/a.jsonl", ("a", "p", "1"), tell=False)
+    bucket.put("data/later.refresh/status.json", body="{}", tell=False)
+    once(f"{base}/kb1", base)
+    bucket.put("data/kb1.rejected/x.jsonl", body="{}", tell=False)
+    sources = Sources([base], f"{base}/kb2", 0)
+    part = next(
+        item["Key"]
+        for item in bucket.s3.list_objects_v2(Bucket=bucket.name, Prefix="data/kb1/")["Contents"]
+        if item["Key"].endswith(".parquet") and "_delta_log" not in item["Key"]
+    )
+    assert list(sources.list()) == [f"{base}/a.jsonl"]
+    assert sources.passed_over == {f"{base}/kb1": "a table of its own"}
+    # An event of the other table's is of no interest either.
+    bucket.tell(record(part, bucket=bucket.name))
+    assert once(f"{base}/kb2", base, sqs_queue_url=bucket.queue)["files_read"] == 1
+    assert bucket.num_messages() == 0
+
+
 def test_events_are_taken_up_and_then_deleted(bucket, tmp_path, started):
     kb = tmp_path / "kb"
     source = f"s3://{bucket.name}/in/"
