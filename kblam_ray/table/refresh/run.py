@@ -82,6 +82,13 @@ class Refresher:
         uri = self._history.uri
         self._sources = Sources(settings.input, uri, settings.settle_s)
         self._events = EventQueue(settings.sqs_queue_url, self._sources.means) if settings.sqs_queue_url else None
+        if self._events and not any(pattern.is_s3 for pattern in self._sources.patterns):
+            # Its messages name nothing of ours, so all of them would be deleted.
+            raise InputError(
+                "a queue with S3 events, and no input on S3",
+                where=self._events.url,
+                help="local inputs are watched without --sqs-queue-url; or add the s3:// input that the queue is for",
+            )
         self._watch = Watch(self._sources, settings.mode, self._events, settings.list_every_s)
         self._resident = Resident(settings, self._history, self._sources)
         self._report = Report(uri)

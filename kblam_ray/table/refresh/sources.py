@@ -98,7 +98,7 @@ class Sources:
         unreadable: local folders that the last listing could not read -> why, by URI.
 
     Raises:
-        InputError: an input that can never mean a file.
+        InputError: an input that can never mean a file, or that lies in the table.
     """
 
     def __init__(self, inputs: Sequence[str], kb_uri: str, settle_s: float) -> None:
@@ -113,6 +113,12 @@ class Sources:
             if os.path.isfile(pattern.uri) and format_of(pattern.uri) is None:
                 raise InputError(
                     "an unsupported kind of file", where=pattern.uri, help=f"the name must end in {SUPPORTED}"
+                )
+            if any(_lies_in(_real(pattern.base), _real(place)) for place in self._own_places):
+                raise InputError(
+                    "an input inside the table, where nothing is a source",
+                    where=f"{pattern.uri} in {kb_uri}",
+                    help="keep the files in a folder or prefix of their own; the table may lie inside that",
                 )
 
     def means(self, uri: str) -> bool:
@@ -167,7 +173,7 @@ class Sources:
         self, pattern: Pattern, passed_over: dict[str, str], unreadable: dict[str, StorageError]
     ) -> Iterator[SourceFile]:
         # The table may be named through a link or by `..`, and may come to be at any time.
-        own = {os.path.realpath(place) for place in self._own_places}
+        own = {_real(place) for place in self._own_places}
         with storage.storage_errors(pattern.base):
             walked = walk(pattern.base, own)
         passed_over.update((path, "a table of its own") for path in walked.tables)
@@ -214,6 +220,15 @@ class Sources:
         if time.monotonic() - since >= self._settle_s:
             return file
         return SourceFile(path, tag, file.modified_us, file.size_bytes, is_settled=False)
+
+
+def _real(uri: str) -> str:
+    """A place by one name, where links and `..` give it several."""
+    return uri if storage.is_s3(uri) else os.path.realpath(uri)
+
+
+def _lies_in(uri: str, place: str) -> bool:
+    return uri == place or uri.startswith(place.rstrip("/") + "/")
 
 
 def _object(uri: str, etag: str, size_bytes: int, modified_s: float) -> SourceFile:
