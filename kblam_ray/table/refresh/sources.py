@@ -204,6 +204,11 @@ class Sources:
         others.update(f"{table}{end}/" for table in tables for end in ("", *BESIDE_TABLES))
         pattern.others = tuple(sorted(others))
         passed_over.update((table, "a table of its own") for table in tables)
+        for uri in files:
+            if not uri.startswith(base) or pattern.means(uri):
+                continue
+            if pattern.means(base + re.sub("/+", "/", uri[len(base) :]).lstrip("/")):
+                passed_over[uri] = "a key with an empty part between slashes"
         return (file for file in files.values() if pattern.means(file.uri))
 
     def _local(self, path: str, status: os.stat_result) -> SourceFile:

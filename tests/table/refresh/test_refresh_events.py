@@ -158,6 +158,15 @@ def test_a_prefix_is_listed_and_read_by_etag(bucket, tmp_path):
     assert keys == {"kb.refresh/ledger.json", "kb.refresh/status.json"}
 
 
+def test_a_key_with_two_slashes_is_said_and_passed_over(bucket, tmp_path, capfd):
+    bucket.put("in/a.jsonl", ("a", "p", "1"), tell=False)
+    for key in ("in/x//b.jsonl", "in//c.jsonl", "in/_x//d.jsonl", "in//e.txt", "in.jsonl"):
+        bucket.put(key, ("b", "p", "1"), tell=False)
+    assert once(tmp_path / "kb", f"s3://{bucket.name}/in/")["num_facts"] == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if "empty part between slashes" in line]
+    assert sorted(line.rpartition("/in/")[2] for line in said) == ["/c.jsonl'", "x//b.jsonl'"]
+
+
 def test_other_tables_below_a_prefix_are_no_sources(bucket, tmp_path):
     base = f"s3://{bucket.name}/data"
     bucket.put("data/a.jsonl", ("a", "p", "1"), tell=False)
