@@ -94,6 +94,7 @@ class Refresher:
         self._report = Report(uri)
         self._upkeep = Upkeep(uri, settings, self._report)
         self._batch_files = MAX_BATCH_FILES
+        self._was_away = False
         self._held: tuple[object, str] | None = None
         self._passed_over: set[str] = set()
         self.stopping = False
@@ -217,6 +218,8 @@ class Refresher:
                 return False
             raise
         self._batch_files = min(MAX_BATCH_FILES, 2 * self._batch_files)
+        if self._is_store_away(files, outcome):
+            raise next(iter(outcome.refused.values()))
         self._refuse(outcome.refused)
         self._watch.accept(outcome.taken)
         news = {file.uri: self._watch.modified_us(file) for file in pending.files if file.uri not in pending.disputed}
@@ -245,6 +248,14 @@ class Refresher:
                 where="Ray",
                 help="what was embedded is kept and used by the next try; check the cluster with `ray status`",
             ) from error
+
+    def _is_store_away(self, files: list[SourceFile], outcome: Outcome) -> bool:
+        """Whether none of the files could be had, for the first time; after that it is the files."""
+        gave_none = len(outcome.refused) == len(files) and all(
+            isinstance(error, StorageError) for error in outcome.refused.values()
+        )
+        was_away, self._was_away = self._was_away, gave_none
+        return gave_none and not was_away and not self._watch.has_failed_before(files)
 
     def _disputed(self) -> frozenset[str]:
         return self._watch.pending(self._history.ledger).disputed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kblam_ray.errors import KblamError, StorageError
@@ -148,6 +148,11 @@ class Watch:
         return [
             file for uri, refusal in self._refusals.items() if (file := self.files.get(uri)) and file.tag == refusal.tag
         ]
+
+    def has_failed_before(self, files: Iterable[SourceFile]) -> bool:
+        """Whether the store did not give one of the files before."""
+        refusals = (self._refusals.get(file.uri) for file in files)
+        return any(refusal is not None and refusal.retry_at is not None for refusal in refusals)
 
     def refuse(self, files: Mapping[SourceFile, KblamError]) -> dict[SourceFile, KblamError]:
         """Keep files out until they change, or for a while where the store failed; returns those that are news."""
