@@ -201,7 +201,9 @@ class Report:
             "vacuumed_at": self.vacuumed_at or None,
         }
         try:
-            storage.replace_file(self._status_place(), json.dumps(status, ensure_ascii=False).encode("utf-8"))
+            # What an error quotes may be no UTF-8; escaped with a backslash, it is JSON's own way to write it.
+            data = json.dumps(status, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
+            storage.replace_file(self._status_place(), data)
         except StorageError as error:
             self.say(f"the status file was not written: {error}")
 

@@ -180,7 +180,7 @@ class Refresher:
         self._watch.look(receive=self._settings.once)
         self._say_passed_over()
         pending = self._watch.pending(history.ledger)
-        unreadable = self._sources.unreadable
+        unreadable = {**self._sources.unreadable, **self._watch.unseen()}
         report.forget_refused({file.uri for file in self._watch.refused()} | unreadable.keys())
         report.refuse_places(unreadable)
         report.looked([*pending.files, *pending.unsettled], None if log is None else log.version)

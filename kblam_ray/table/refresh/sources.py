@@ -144,7 +144,7 @@ class Sources:
             else:
                 listed = self._list_local(pattern, passed_over, unreadable)
             found.update((file.uri, file) for file in listed)
-        for uri in [uri for uri in found if not _is_utf8(uri)]:
+        for uri in [uri for uri in found if not is_utf8(uri)]:
             passed_over[uri] = "a name that is not UTF-8"
             del found[uri]
         self.passed_over, self.unreadable = passed_over, unreadable
@@ -240,7 +240,8 @@ def _object(uri: str, etag: str, size_bytes: int, modified_s: float) -> SourceFi
     return SourceFile(uri, f"{etag}-{size_bytes}", int(modified_s * 1_000_000), size_bytes)
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether it can be written in UTF-8; a name that cannot is no name for a store or a log."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -20,6 +20,7 @@ from typing import Any
 from kblam_ray.errors import InputError, StorageError
 from kblam_ray.table.refresh import s3
 from kblam_ray.table.refresh.events import ObjectEvent, UnreadableMessageError, events_in
+from kblam_ray.table.refresh.sources import is_utf8
 
 WAIT_S = 5
 """Of one long poll: what was received is extended, and a stop seen, at least so often."""
@@ -161,7 +162,13 @@ class EventQueue:
                     self._reported.add(message_id)
                     print(f"refresh: message {message_id} is left in the queue: {error}", file=sys.stderr, flush=True)
                 continue
-            ours = tuple(event for event in events if self._means(event.uri))
+            for uri in {event.uri for event in events if not is_utf8(event.uri)} - self._reported:
+                # No object has such a key, so there is nothing that the message could be held or come back for.
+                self._reported.add(uri)
+                print(
+                    f"refresh: passed over: an event of a key that is not UTF-8: {uri!r}", file=sys.stderr, flush=True
+                )
+            ours = tuple(event for event in events if is_utf8(event.uri) and self._means(event.uri))
             message = Message(message_id, receipt, ours)
             if not ours:
                 of_others.append(message)
