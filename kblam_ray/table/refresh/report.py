@@ -77,7 +77,7 @@ class Report:
     lag: Lag = field(default_factory=Lag)
     refused: dict[str, KblamError] = field(default_factory=dict)
     vacuumed_at: float = 0.0
-    _trouble: str = ""
+    _troubles: dict[str, str] = field(default_factory=dict)
     _written_at: float = 0.0
 
     def say(self, text: str) -> None:
@@ -89,14 +89,14 @@ class Report:
         for file, error in files.items():
             self.refused[file.uri] = error
             self.say(f"kept out: {error}")
-            self._count(error)
+            self.count(error.code)
 
     def refuse_places(self, places: Mapping[str, KblamError]) -> None:
         """What is at these URIs cannot be looked at; said once, until `forget_refused` is told otherwise."""
         for uri, error in places.items():
             if uri not in self.refused:
                 self.say(f"kept out: {error}")
-                self._count(error)
+                self.count(error.code)
             self.refused[uri] = error
 
     def forget_refused(self, still_refused: Collection[str]) -> None:
@@ -105,17 +105,36 @@ class Report:
 
     def fail(self, error: KblamError, wait_s: float) -> None:
         """A try failed and will be made again; said when the error is another than the last one."""
-        self._count(error)
-        if str(error) != self._trouble:
-            self._trouble = str(error)
+        self.count(error.code)
+        if str(error) != self._troubles.get("refresh"):
+            self._troubles["refresh"] = str(error)
             self.say(f"{error} (trying again in {wait_s:.0f} s, and so on)")
         self.write_status("failing", at_once=True)
 
     def recovered(self) -> None:
         """What failed works again."""
-        if self._trouble:
-            self._trouble = ""
+        if self._troubles.pop("refresh", None):
             self.say("works again")
+
+    def note(self, part: str, error: KblamError | None) -> None:
+        """A part of the refresh does not work while the others go on; None: it does again. It has been said already."""
+        before = self._troubles.pop(part, None)
+        if error is not None:
+            self._troubles[part] = str(error)
+        if before != self._troubles.get(part):
+            self.write_status("watching", at_once=True)
+
+    def end(self, error: KblamError) -> None:
+        """The run ends with an error; a file that was kept out has been counted by then."""
+        self._troubles["run"] = str(error)
+        if error.__cause__ not in self.refused.values():
+            self.count(error.code)
+
+    def count(self, code: str, num: int = 1) -> None:
+        """So many tries failed, or files were kept out."""
+        self.failures += num
+        if self.metrics:
+            self.metrics.failed(code, num)
 
     def looked(self, waiting: list[SourceFile], version: int | None) -> None:
         """The sources were looked at: so many files wait to be taken up."""
@@ -193,7 +212,7 @@ class Report:
             "pid": os.getpid(),
             **self.summary(),
             "failures": self.failures,
-            "trouble": self._trouble or None,
+            "trouble": "; ".join(dict.fromkeys(self._troubles.values())) or None,
             "refused": [
                 {"file": uri, "code": error.code, "message": str(error)}
                 for uri, error in list(self.refused.items())[:MAX_NAMED_FILES]
@@ -224,11 +243,6 @@ class Report:
             "vacuumed_files": self.vacuumed_files,
             "lag_s": self.lag.summary(),
         }
-
-    def _count(self, error: KblamError) -> None:
-        self.failures += 1
-        if self.metrics:
-            self.metrics.failed(error.code)
 
     def _status_place(self) -> str:
         return storage.beside(self.kb_uri, "refresh", "status.json")

@@ -95,6 +95,7 @@ class Refresher:
         self._upkeep = Upkeep(uri, settings, self._report)
         self._batch_files = MAX_BATCH_FILES
         self._was_away = False
+        self._queue_failures = 0
         self._held: tuple[object, str] | None = None
         self._passed_over: set[str] = set()
         self.stopping = False
@@ -113,6 +114,9 @@ class Refresher:
             else:
                 with self._stopped_by_signals():
                     self._keep_watching()
+        except KblamError as error:
+            report.end(error)
+            raise
         finally:
             self._close()
         return self._summary()
@@ -145,6 +149,7 @@ class Refresher:
         backoff_s = _BACKOFF_S[0]
         is_warm = self._settings.small_texts == 0
         while not self.stopping:
+            self._note_queue()
             try:
                 if not is_warm:
                     self._history.look()
@@ -184,6 +189,9 @@ class Refresher:
         report.forget_refused({file.uri for file in self._watch.refused()} | unreadable.keys())
         report.refuse_places(unreadable)
         report.looked([*pending.files, *pending.unsettled], None if log is None else log.version)
+        if self._held is not None and not self._is_held(pending):
+            self._held = None
+            report.note("sync", None)
         has_progressed = False
         if not pending.is_empty and not self._is_held(pending):
             has_progressed = self._take_up(pending)
@@ -285,6 +293,17 @@ class Refresher:
             raise error
         self._held = _state(pending), str(error)
         self._report.say(f"nothing is changed until the sources are: {error}")
+        self._report.count(error.code)
+        self._report.note("sync", error)
+
+    def _note_queue(self) -> None:
+        """The queue is asked in a thread of its own, which fails on its own."""
+        if self._events is not None:
+            failures = self._events.failures
+            if failures > self._queue_failures:
+                self._report.count(StorageError.code, failures - self._queue_failures)
+            self._queue_failures = failures
+            self._report.note("queue", self._events.trouble)
 
     def _is_held(self, pending: Pending) -> bool:
         return self._held is not None and self._held[0] == _state(pending)
@@ -329,6 +348,7 @@ class Refresher:
     def _close(self) -> None:
         if self._events:
             self._events.stop()
+            self._note_queue()
         self._upkeep.finish(self._settings.stop_s)
         try:
             self._history.keep()

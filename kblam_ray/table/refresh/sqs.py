@@ -50,6 +50,10 @@ class EventQueue:
         url: the queue's.
         means: whether a URI is one of the sources.
 
+    Attributes:
+        failures: how often the queue did not answer or refused since `start`.
+        trouble: how it failed last, None where it has answered since.
+
     Raises:
         InputError: the URL is none.
     """
@@ -68,6 +72,7 @@ class EventQueue:
         self._reported: set[str] = set()
         self._thread: threading.Thread | None = None
         self.failures = 0
+        self.trouble: StorageError | None = None
 
     def start(self) -> None:
         """Receive in the background from now on."""
@@ -136,10 +141,15 @@ class EventQueue:
                     self._stopping.wait(1.0)
                 else:
                     self._receive(WAIT_S)
+                    if self.trouble is not None:
+                        self.trouble = None
+                        print("refresh: the queue works again", file=sys.stderr, flush=True)
                 backoff_s = 1.0
             except StorageError as error:
+                if str(error) != str(self.trouble):
+                    print(f"refresh: {error} (trying again, and so on)", file=sys.stderr, flush=True)
+                self.trouble = error
                 self.failures += 1
-                print(f"refresh: {error}", file=sys.stderr, flush=True)
                 self._stopping.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
