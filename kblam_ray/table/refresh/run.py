@@ -31,6 +31,7 @@ from kblam_ray.table.knowledge_base import KnowledgeBase
 from kblam_ray.table.refresh.backlog import take_up_backlog
 from kblam_ray.table.refresh.history import History
 from kblam_ray.table.refresh.metrics import RefreshMetrics
+from kblam_ray.table.refresh.owed import Owed
 from kblam_ray.table.refresh.report import Report
 from kblam_ray.table.refresh.settings import RefreshSettings
 from kblam_ray.table.refresh.sources import SourceFile, Sources
@@ -45,9 +46,6 @@ SMALL_BYTES = 16_000_000
 MAX_BATCH_FILES = 10_000
 MAX_BATCH_BYTES = 2_000_000_000
 """What one commit takes up at most, unless it is one file or a sync: so that a long backlog is served step by step."""
-
-MAX_IDLE_PASSES = 30
-"""How often `--once` finds work that cannot be done, because files change while they are read, before it gives up."""
 
 _BACKOFF_S = (1.0, 30.0)
 _KEEP_EVERY_COMMITS = 100
@@ -94,6 +92,7 @@ class Refresher:
         self._report = Report(uri)
         self._upkeep = Upkeep(uri, settings, self._report)
         self._batch_files = MAX_BATCH_FILES
+        self._owed = Owed(settings.settle_s) if settings.once else None
         self._was_away = False
         self._queue_failures = 0
         self._held: tuple[object, str] | None = None
@@ -109,8 +108,8 @@ class Refresher:
         if self._events and not settings.once:
             self._events.start()
         try:
-            if settings.once:
-                self._catch_up()
+            if self._owed is not None:
+                self._catch_up(self._owed)
             else:
                 with self._stopped_by_signals():
                     self._keep_watching()
@@ -121,22 +120,26 @@ class Refresher:
             self._close()
         return self._summary()
 
-    def _catch_up(self) -> None:
-        idle_passes = 0
+    def _catch_up(self, owed: Owed) -> None:
         while True:
             pending, has_progressed = self._pass()
-            if pending.is_empty and not pending.unsettled and not has_progressed:
+            if not has_progressed and not owed.is_any_left(pending):
                 break
             if self._has_refreshed_enough():
                 break
-            idle_passes = 0 if has_progressed else idle_passes + 1
-            if idle_passes > MAX_IDLE_PASSES:
-                names = [file.uri for file in [*pending.files, *pending.unsettled]]
+            if owed.is_in_vain(pending, has_progressed):
+                # A sync may be owed for files that went alone; then it is any of those that are there.
+                names = [file.uri for file in [*pending.files, *pending.unsettled] or pending.all_files or []]
                 raise StorageError(
                     f"{len(names)} files change all the time", where=names[0], help="run it when they are finished"
                 )
             if not has_progressed:
-                time.sleep(min(self._settings.poll_s, max(self._settings.settle_s, 0.1)))
+                self._sleep(min(self._until_next_look(pending), max(self._settings.settle_s, _SLICE_S)))
+        if self._settings.mode == "sync" and pending.unsettled and not owed.has_synced:
+            self._report.say(
+                f"no facts are taken away in this run: {len(pending.unsettled)} files, the first of them "
+                f"{pending.unsettled[0].uri}, came while it ran and may still be written"
+            )
         self._upkeep.run(self._history.log)
         refused = self._report.refused
         if refused:
@@ -192,8 +195,12 @@ class Refresher:
         if self._held is not None and not self._is_held(pending):
             self._held = None
             report.note("sync", None)
+        is_wanted = not pending.is_empty and not self._is_held(pending)
+        if self._owed is not None:
+            self._owed.looked(self._watch.files)
+            is_wanted = is_wanted and self._owed.is_any_left(pending)
         has_progressed = False
-        if not pending.is_empty and not self._is_held(pending):
+        if is_wanted:
             has_progressed = self._take_up(pending)
             history.look()
         self._watch.settle_messages(history.ledger)
@@ -230,6 +237,9 @@ class Refresher:
             raise next(iter(outcome.refused.values()))
         self._refuse(outcome.refused)
         self._watch.accept(outcome.taken)
+        if self._owed is not None:
+            self._owed.settle(outcome.taken)
+            self._owed.has_synced |= sync and bool(outcome.taken)
         news = {file.uri: self._watch.modified_us(file) for file in pending.files if file.uri not in pending.disputed}
         self._report.took_up(outcome, news, time.monotonic() - started)
         return bool(outcome.taken or outcome.refused)
@@ -279,6 +289,8 @@ class Refresher:
         return pending.files
 
     def _refuse(self, refused: dict[SourceFile, KblamError]) -> None:
+        if self._owed is not None:
+            self._owed.settle(refused)
         self._report.refuse(self._watch.refuse(refused))
 
     def _say_passed_over(self) -> None:

@@ -39,7 +39,11 @@ class RefreshSettings(JobConfig, EncoderOptions):
     encoder: str | None = Field(
         None, description=f"encoder name (default: the table's, {DEFAULT_ENCODER} for a new one)"
     )
-    once: bool = Field(False, description="take up what is there and end, instead of watching")
+    once: bool = Field(
+        False,
+        description="take up what is there and end, instead of watching; there is what the first look finds, and what "
+        "comes later is left to the next run",
+    )
     poll_s: float = Field(
         1.0, gt=0, le=MAX_S, description="seconds between looks at the inputs; longer where looking takes long"
     )

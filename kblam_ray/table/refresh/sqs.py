@@ -96,12 +96,13 @@ class EventQueue:
         return not self._received.empty()
 
     def receive_all(self) -> list[Message]:
-        """What the queue holds now, without waiting for more.
+        """What the queue holds now, without waiting for more, and perhaps some of what is sent meanwhile.
 
         Raises:
             StorageError: the queue does not answer or refuses.
         """
-        while self._receive(wait_s=0):
+        begun_ms = time.time() * 1_000
+        while any(sent_ms <= begun_ms for sent_ms in self._receive(wait_s=0)):
             pass
         return self.take()
 
@@ -153,10 +154,12 @@ class EventQueue:
                 self._stopping.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
-    def _receive(self, wait_s: int) -> int:
+    def _receive(self, wait_s: int) -> list[float]:
+        """Take in the next messages; returns when they were sent, milliseconds since 1970, 0 where that is not said."""
         with s3.client_errors(self.url):
             answer = self._client().receive_message(
                 QueueUrl=self.url,
+                AttributeNames=["SentTimestamp"],
                 MaxNumberOfMessages=10,
                 WaitTimeSeconds=wait_s,
                 VisibilityTimeout=MIN_VISIBILITY_S,
@@ -187,7 +190,7 @@ class EventQueue:
                 self._held[message_id] = message
             self._received.put(message)
         self.done(of_others)
-        return len(received)
+        return [float(item.get("Attributes", {}).get("SentTimestamp", 0)) for item in received]
 
     def _extend(self) -> None:
         with self._lock:

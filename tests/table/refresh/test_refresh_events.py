@@ -253,6 +253,23 @@ def test_what_is_held_is_held_longer_while_a_refresh_takes_long(bucket, tmp_path
         events.stop()
 
 
+def test_what_is_sent_all_the_time_is_not_all_waited_for(bucket, tmp_path, monkeypatch):
+    refresher = watcher(tmp_path / "kb", f"s3://{bucket.name}/in/", sqs_queue_url=bucket.queue)
+    for number in range(12):
+        bucket.put(f"in/{number}.jsonl", ("a", "p", "1"))
+    real, calls = refresher._events._receive, []
+
+    def receive(wait_s: int) -> list[float]:
+        calls.append(wait_s)
+        assert len(calls) < 20, "it never ends"
+        bucket.put(f"in/later {len(calls)}.jsonl", ("b", "p", "1"))
+        return real(wait_s)
+
+    monkeypatch.setattr(refresher._events, "_receive", receive)
+    found = {event.uri for message in refresher._events.receive_all() for event in message.events}
+    assert {f"s3://{bucket.name}/in/{number}.jsonl" for number in range(12)} <= found
+
+
 def test_an_object_that_is_forbidden_holds_up_no_other_event(bucket, tmp_path, monkeypatch, capfd):
     kb, source = tmp_path / "kb", f"s3://{bucket.name}/in/"
     real = s3.look_at

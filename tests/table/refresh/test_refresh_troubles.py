@@ -26,11 +26,11 @@ def test_a_queue_that_fails_is_said_once_and_counted(tmp_path, monkeypatch, capf
     monkeypatch.setattr(refresher._report.metrics, "failed", lambda code, num: counted.append(num))
     events, reason = refresher._events, ["there is no such queue"]
 
-    def receive(wait_s: int) -> int:
+    def receive(wait_s: int) -> list[float]:
         events._stopping.wait(0.01)
         if reason:
             raise StorageError(reason[0], where=url, help="check it")
-        return 0
+        return []
 
     monkeypatch.setattr(events, "_receive", receive)
     monkeypatch.setattr(sqs, "_MAX_BACKOFF_S", 0.02)
