@@ -102,9 +102,9 @@ class RefreshMetrics:
         for what, count in facts.items():
             self._facts.labels(kb=self._kb, what=what).inc(count)
 
-    def failed(self, code: str) -> None:
-        """A try failed, or a file was refused."""
-        self._failures.labels(kb=self._kb, code=code).inc()
+    def failed(self, code: str, num: int = 1) -> None:
+        """So many tries failed, or files were refused."""
+        self._failures.labels(kb=self._kb, code=code).inc(num)
 
     def compacted(self) -> None:
         """A compaction committed."""

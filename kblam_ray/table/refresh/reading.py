@@ -35,11 +35,7 @@ class ReadBatch:
 
 
 def read_batch(files: Sequence[SourceFile], sources: Sources, on_error: Literal["fail", "skip"]) -> ReadBatch | None:
-    """Read files side by side; None if they hold more facts than this process should.
-
-    Raises:
-        StorageError: the store is away: no file could be read.
-    """
+    """Read files side by side; None if they hold more facts than this process should."""
     batch = ReadBatch()
     num_facts = 0
     with ThreadPoolExecutor(_READERS) as pool:
@@ -55,9 +51,6 @@ def read_batch(files: Sequence[SourceFile], sources: Sources, on_error: Literal[
             if num_facts > MAX_FACTS:
                 pool.shutdown(cancel_futures=True)
                 return None
-    refusals = list(batch.refused.values())
-    if len(refusals) == len(files) and all(isinstance(error, StorageError) for error in refusals):
-        raise refusals[0]
     return batch
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -82,7 +82,7 @@ class Report:
     refused: dict[str, KblamError] = field(default_factory=dict)
     hindrance: str | None = None
     vacuumed_at: float = 0.0
-    _trouble: str = ""
+    _troubles: dict[str, str] = field(default_factory=dict)
     _written_at: float = 0.0
 
     def say(self, text: str) -> None:
@@ -93,15 +93,20 @@ class Report:
         """Files are kept out; said once for each state of each file."""
         for file, error in files.items():
             self.refused[file.uri] = error
-            self.failures += 1
             self.say(f"kept out: {error}")
-            if self.metrics:
-                self.metrics.failed(error.code)
+            self.count(error.code)
 
-    def forget_refused(self, still_refused: list[SourceFile]) -> None:
-        """Files that went or changed are no longer kept out."""
-        uris = {file.uri for file in still_refused}
-        self.refused = {uri: error for uri, error in self.refused.items() if uri in uris}
+    def refuse_places(self, places: Mapping[str, KblamError]) -> None:
+        """What is at these URIs cannot be looked at; said once, until `forget_refused` is told otherwise."""
+        for uri, error in places.items():
+            if uri not in self.refused:
+                self.say(f"kept out: {error}")
+                self.count(error.code)
+            self.refused[uri] = error
+
+    def forget_refused(self, still_refused: Collection[str]) -> None:
+        """URIs that are not among these are no longer kept out: they went, changed or can be read."""
+        self.refused = {uri: error for uri, error in self.refused.items() if uri in still_refused}
 
     def hindered(self, why: str | None) -> None:
         """Facts of files that are not there are not deleted, and why; None: nothing hinders that. Said once."""
@@ -111,19 +116,36 @@ class Report:
 
     def fail(self, error: KblamError, wait_s: float) -> None:
         """A try failed and will be made again; said when the error is another than the last one."""
-        self.failures += 1
-        if self.metrics:
-            self.metrics.failed(error.code)
-        if str(error) != self._trouble:
-            self._trouble = str(error)
+        self.count(error.code)
+        if str(error) != self._troubles.get("refresh"):
+            self._troubles["refresh"] = str(error)
             self.say(f"{error} (trying again in {wait_s:.0f} s, and so on)")
         self.write_status("failing", at_once=True)
 
     def recovered(self) -> None:
         """What failed works again."""
-        if self._trouble:
-            self._trouble = ""
+        if self._troubles.pop("refresh", None):
             self.say("works again")
+
+    def note(self, part: str, error: KblamError | None) -> None:
+        """A part of the refresh does not work while the others go on; None: it does again. It has been said already."""
+        before = self._troubles.pop(part, None)
+        if error is not None:
+            self._troubles[part] = str(error)
+        if before != self._troubles.get(part):
+            self.write_status("watching", at_once=True)
+
+    def end(self, error: KblamError) -> None:
+        """The run ends with an error; a file that was kept out has been counted by then."""
+        self._troubles["run"] = str(error)
+        if error.__cause__ not in self.refused.values():
+            self.count(error.code)
+
+    def count(self, code: str, num: int = 1) -> None:
+        """So many tries failed, or files were kept out."""
+        self.failures += num
+        if self.metrics:
+            self.metrics.failed(code, num)
 
     def looked(self, waiting: list[SourceFile], version: int | None) -> None:
         """The sources were looked at: so many files wait to be taken up."""
@@ -203,7 +225,7 @@ class Report:
             "pid": os.getpid(),
             **self.summary(),
             "failures": self.failures,
-            "trouble": self._trouble or None,
+            "trouble": "; ".join(dict.fromkeys(self._troubles.values())) or None,
             "refused": [
                 {"file": uri, "code": error.code, "message": str(error)}
                 for uri, error in list(self.refused.items())[:MAX_NAMED_FILES]
@@ -211,7 +233,9 @@ class Report:
             "vacuumed_at": self.vacuumed_at or None,
         }
         try:
-            storage.replace_file(self._status_place(), json.dumps(status, ensure_ascii=False).encode("utf-8"))
+            # What an error quotes may be no UTF-8; escaped with a backslash, it is JSON's own way to write it.
+            data = json.dumps(status, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
+            storage.replace_file(self._status_place(), data)
         except StorageError as error:
             self.say(f"the status file was not written: {error}")
 

@@ -31,6 +31,7 @@ from kblam_ray.table.knowledge_base import KnowledgeBase
 from kblam_ray.table.refresh.backlog import take_up_backlog
 from kblam_ray.table.refresh.history import History
 from kblam_ray.table.refresh.metrics import RefreshMetrics
+from kblam_ray.table.refresh.owed import Owed
 from kblam_ray.table.refresh.report import Report
 from kblam_ray.table.refresh.settings import RefreshSettings
 from kblam_ray.table.refresh.sources import SourceFile, Sources
@@ -45,9 +46,6 @@ SMALL_BYTES = 16_000_000
 MAX_BATCH_FILES = 10_000
 MAX_BATCH_BYTES = 2_000_000_000
 """What one commit takes up at most, unless it is one file or a sync: so that a long backlog is served step by step."""
-
-MAX_IDLE_PASSES = 30
-"""How often `--once` finds work that cannot be done, because files change while they are read, before it gives up."""
 
 _BACKOFF_S = (1.0, 30.0)
 _KEEP_EVERY_CHANGES = 100
@@ -82,13 +80,23 @@ class Refresher:
         uri = self._history.uri
         self._sources = Sources(settings.input, uri, settings.settle_s)
         self._events = EventQueue(settings.sqs_queue_url, self._sources.means) if settings.sqs_queue_url else None
+        if self._events and not any(pattern.is_s3 for pattern in self._sources.patterns):
+            # Its messages name nothing of ours, so all of them would be deleted.
+            raise InputError(
+                "a queue with S3 events, and no input on S3",
+                where=self._events.url,
+                help="local inputs are watched without --sqs-queue-url; or add the s3:// input that the queue is for",
+            )
         self._watch = Watch(self._sources, settings.mode, self._events, settings.list_every_s)
         self._resident = Resident(settings, self._history, self._sources)
         self._report = Report(uri)
         self._upkeep = Upkeep(uri, settings, self._report)
         self._batch_files = MAX_BATCH_FILES
+        self._owed = Owed(settings.settle_s) if settings.once else None
+        self._was_away = False
+        self._queue_failures = 0
         self._held: tuple[object, str] | None = None
-        self._unnameable: set[str] = set()
+        self._passed_over: set[str] = set()
         self.stopping = False
 
     def run(self) -> dict[str, Any]:
@@ -100,32 +108,39 @@ class Refresher:
         if self._events and not settings.once:
             self._events.start()
         try:
-            if settings.once:
-                self._catch_up()
+            if self._owed is not None:
+                self._catch_up(self._owed)
             else:
                 with self._stopped_by_signals():
                     self._keep_watching()
+        except KblamError as error:
+            report.end(error)
+            raise
         finally:
             self._close()
         return self._summary()
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, owed: Owed) -> None:
         self._refuse_what_does_not_fit()
-        idle_passes = 0
         while True:
             pending, has_progressed = self._pass()
-            if pending.is_empty and not pending.unsettled and not has_progressed:
+            if not has_progressed and not owed.is_any_left(pending):
                 break
             if self._has_refreshed_enough():
                 break
-            idle_passes = 0 if has_progressed else idle_passes + 1
-            if idle_passes > MAX_IDLE_PASSES:
-                names = [file.uri for file in [*pending.files, *pending.unsettled]]
+            if owed.is_in_vain(pending, has_progressed):
+                # A sync may be owed for files that went alone; then it is any of those that are there.
+                names = [file.uri for file in [*pending.files, *pending.unsettled] or pending.all_files or []]
                 raise StorageError(
                     f"{len(names)} files change all the time", where=names[0], help="run it when they are finished"
                 )
             if not has_progressed:
-                time.sleep(min(self._settings.poll_s, max(self._settings.settle_s, 0.1)))
+                self._sleep(min(self._until_next_look(pending), max(self._settings.settle_s, _SLICE_S)))
+        if self._settings.mode == "sync" and pending.unsettled and not owed.has_synced:
+            self._report.say(
+                f"no facts are taken away in this run: {len(pending.unsettled)} files, the first of them "
+                f"{pending.unsettled[0].uri}, came while it ran and may still be written"
+            )
         self._upkeep.run(self._history.log)
         refused = self._report.refused
         if refused:
@@ -144,6 +159,7 @@ class Refresher:
         backoff_s = _BACKOFF_S[0]
         is_warm = self._settings.small_texts == 0
         while not self.stopping:
+            self._note_queue()
             try:
                 if not is_warm:
                     self._history.look()
@@ -177,13 +193,22 @@ class Refresher:
             report.previous_version = log.version
             report.read_status()
         self._watch.look(receive=self._settings.once)
-        self._say_unnameable()
+        self._say_passed_over()
         pending = self._watch.pending(history.ledger)
         report.hindered(pending.hindrance)
-        report.forget_refused(self._watch.refused())
+        unreadable = {**self._sources.unreadable, **self._watch.unseen()}
+        report.forget_refused({file.uri for file in self._watch.refused()} | unreadable.keys())
+        report.refuse_places(unreadable)
         report.looked([*pending.files, *pending.unsettled], None if log is None else log.version)
+        if self._held is not None and not self._is_held(pending):
+            self._held = None
+            report.note("sync", None)
+        is_wanted = not pending.is_empty and not self._is_held(pending)
+        if self._owed is not None:
+            self._owed.looked(self._watch.files)
+            is_wanted = is_wanted and self._owed.is_any_left(pending)
         has_progressed = False
-        if not pending.is_empty and not self._is_held(pending):
+        if is_wanted:
             has_progressed = self._take_up(pending)
             history.look()
         self._watch.settle_messages(history.ledger)
@@ -220,8 +245,13 @@ class Refresher:
             # Another program made the table since the look: the next one takes its encoder and its identity.
             return False
         self._batch_files = min(MAX_BATCH_FILES, 2 * self._batch_files)
+        if self._is_store_away(files, outcome):
+            raise next(iter(outcome.refused.values()))
         self._refuse(outcome.refused)
         self._watch.accept(outcome.taken)
+        if self._owed is not None:
+            self._owed.settle(outcome.taken)
+            self._owed.has_synced |= sync and bool(outcome.taken)
         news = {file.uri: self._watch.since_us(file) for file in pending.files if file.uri not in pending.disputed}
         self._report.took_up(outcome, news, time.monotonic() - started)
         return bool(outcome.taken or outcome.refused)
@@ -249,6 +279,14 @@ class Refresher:
                 help="what was embedded is kept and used by the next try; check the cluster with `ray status`",
             ) from error
 
+    def _is_store_away(self, files: list[SourceFile], outcome: Outcome) -> bool:
+        """Whether none of the files could be had, for the first time; after that it is the files."""
+        gave_none = len(outcome.refused) == len(files) and all(
+            isinstance(error, StorageError) for error in outcome.refused.values()
+        )
+        was_away, self._was_away = self._was_away, gave_none
+        return gave_none and not was_away and not self._watch.has_failed_before(files)
+
     def _disputed(self) -> frozenset[str]:
         return self._watch.pending(self._history.ledger).disputed
 
@@ -263,12 +301,15 @@ class Refresher:
         return pending.files
 
     def _refuse(self, refused: dict[SourceFile, KblamError]) -> None:
+        if self._owed is not None:
+            self._owed.settle(refused)
         self._report.refuse(self._watch.refuse(refused))
 
-    def _say_unnameable(self) -> None:
-        for uri in sorted(self._sources.unnameable - self._unnameable):
-            self._report.say(f"passed over: a name that is not UTF-8: {uri!r}")
-        self._unnameable = set(self._sources.unnameable)
+    def _say_passed_over(self) -> None:
+        passed_over = self._sources.passed_over
+        for uri in sorted(passed_over.keys() - self._passed_over):
+            self._report.say(f"passed over: {passed_over[uri]}: {uri!r}")
+        self._passed_over = set(passed_over)
 
     def _hold(self, pending: Pending, error: KblamError) -> None:
         """A sync that would do harm waits until the sources change."""
@@ -276,6 +317,17 @@ class Refresher:
             raise error
         self._held = _state(pending), str(error)
         self._report.say(f"nothing is changed until the sources are: {error}")
+        self._report.count(error.code)
+        self._report.note("sync", error)
+
+    def _note_queue(self) -> None:
+        """The queue is asked in a thread of its own, which fails on its own."""
+        if self._events is not None:
+            failures = self._events.failures
+            if failures > self._queue_failures:
+                self._report.count(StorageError.code, failures - self._queue_failures)
+            self._queue_failures = failures
+            self._report.note("queue", self._events.trouble)
 
     def _is_held(self, pending: Pending) -> bool:
         return self._held is not None and self._held[0] == _state(pending)
@@ -320,6 +372,7 @@ class Refresher:
     def _close(self) -> None:
         if self._events:
             self._events.stop()
+            self._note_queue()
         self._upkeep.finish(self._settings.stop_s)
         try:
             self._history.keep()

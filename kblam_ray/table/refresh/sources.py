@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kblam_ray import storage
-from kblam_ray.errors import InputError
+from kblam_ray.errors import InputError, StorageError
 from kblam_ray.facts.inputs import SUPPORTED, InputFile, format_of, matches
 from kblam_ray.table.refresh import s3
 from kblam_ray.table.refresh.ledger import state_of, with_moment
+from kblam_ray.table.refresh.walking import BESIDE_TABLES, LOG_FOLDER, is_gone, walk
 
 _WILDCARD = re.compile(r"[*?[]")
 
@@ -75,6 +77,7 @@ class Pattern:
     Attributes:
         uri: normalised.
         base: the folder or prefix that everything it means lies in, or the file itself.
+        others: prefixes below the base, as last listed, that are tables or belong to some: none of theirs is meant.
     """
 
     def __init__(self, given: str) -> None:
@@ -87,6 +90,7 @@ class Pattern:
         if wildcard and self.is_s3 and self.base in ("s3:/", "s3:", ""):
             raise InputError("a wildcard in a bucket's name", where=self.uri, help="name the bucket")
         self._parts = tuple(self.uri[len(self.base) :].strip("/").split("/")) if wildcard else None
+        self.others: tuple[str, ...] = ()
 
     @property
     def has_place(self) -> bool:
@@ -103,7 +107,7 @@ class Pattern:
             return False
         if uri == self.uri:
             return True
-        if not uri.startswith(self.base.rstrip("/") + "/"):
+        if not uri.startswith(self.base.rstrip("/") + "/") or uri.startswith(self.others):
             return False
         parts = tuple(uri[len(self.base.rstrip("/")) + 1 :].split("/"))
         if not all(parts) or any(part.startswith((".", "_")) for part in parts):
@@ -114,30 +118,41 @@ class Pattern:
 class Sources:
     """The files that a table is kept in step with.
 
+    A table and what lies beside it are no sources: neither this one, nor others that lie below a folder or prefix.
+
     Args:
         inputs: as a person gives them.
-        kb_uri: the table; it and what lies beside it are no sources.
+        kb_uri: the table.
         settle_s: how long a local file that may still be written must have stood still.
 
     Attributes:
         loose_links: links below the inputs that led nowhere when they were last listed.
-        unnameable: local files that the last listing passed over, because their names are not UTF-8.
+        passed_over: what the last listing passed over though a person may take it for a source -> why, by URI.
+        unreadable: local folders that the last listing could not read -> why, by URI.
 
     Raises:
-        InputError: an input that can never mean a file.
+        InputError: an input that can never mean a file, or that lies in the table.
     """
 
     def __init__(self, inputs: Sequence[str], kb_uri: str, settle_s: float) -> None:
         self.patterns = [Pattern(given) for given in inputs]
-        self._own = tuple({kb_uri + "/", *(storage.beside(kb_uri, kind, "") for kind in ("refresh", "rejected"))})
+        self._own_places = (kb_uri, *(storage.beside(kb_uri, kind[1:], "").rstrip("/") for kind in BESIDE_TABLES))
+        self._own = tuple(f"{place}/" for place in self._own_places)
         self._settle_s = settle_s
         self._first_seen: dict[str, tuple[str, float]] = {}
         self.loose_links: set[str] = set()
-        self.unnameable: set[str] = set()
+        self.passed_over: dict[str, str] = {}
+        self.unreadable: dict[str, StorageError] = {}
         for pattern in self.patterns:
             if os.path.isfile(pattern.uri) and format_of(pattern.uri) is None:
                 raise InputError(
                     "an unsupported kind of file", where=pattern.uri, help=f"the name must end in {SUPPORTED}"
+                )
+            if any(_lies_in(_real(pattern.base), _real(place)) for place in self._own_places):
+                raise InputError(
+                    "an input inside the table, where nothing is a source",
+                    where=f"{pattern.uri} in {kb_uri}",
+                    help="keep the files in a folder or prefix of their own; the table may lie inside that",
                 )
 
     def means(self, uri: str) -> bool:
@@ -159,12 +174,18 @@ class Sources:
         """
         found: dict[str, SourceFile] = {}
         self.loose_links = set()
+        passed_over: dict[str, str] = {}
+        unreadable: dict[str, StorageError] = {}
         for pattern in self.patterns:
-            listed = _list_s3(pattern.base) if pattern.is_s3 else self._list_local(pattern.base)
-            found.update((file.uri, file) for file in listed if self.means(file.uri))
-        self.unnameable = {uri for uri in found if not _is_utf8(uri)}
-        for uri in self.unnameable:
+            if pattern.is_s3:
+                listed = self._list_s3(pattern, passed_over)
+            else:
+                listed = self._list_local(pattern, passed_over, unreadable)
+            found.update((file.uri, file) for file in listed)
+        for uri in [uri for uri in found if not is_utf8(uri)]:
+            passed_over[uri] = "a name that is not UTF-8"
             del found[uri]
+        self.passed_over, self.unreadable = passed_over, unreadable
         self._first_seen = {uri: seen for uri, seen in self._first_seen.items() if uri in found}
         return found
 
@@ -179,20 +200,55 @@ class Sources:
             return None if found is None else _object(uri, *found)
         with storage.storage_errors(uri):
             try:
-                return self._local(uri, os.stat(uri))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+                status = os.stat(uri)
+            except OSError as error:
+                if is_gone(error):
+                    return None
+                raise
+            return self._local(uri, status) if stat.S_ISREG(status.st_mode) else None
 
-    def _list_local(self, base: str) -> Iterator[SourceFile]:
-        with storage.storage_errors(base):
-            for path in _walk(base):
-                try:
-                    status = os.stat(path)
-                except FileNotFoundError:
-                    if os.path.islink(path):
-                        self.loose_links.add(path)
-                    continue  # removed since the folder was read, or a link that leads nowhere
-                yield self._local(path, status)
+    def _list_local(
+        self, pattern: Pattern, passed_over: dict[str, str], unreadable: dict[str, StorageError]
+    ) -> Iterator[SourceFile]:
+        # The table may be named through a link or by `..`, and may come to be at any time.
+        own = {_real(place) for place in self._own_places}
+        with storage.storage_errors(pattern.base):
+            walked = walk(pattern.base, own)
+        self.loose_links.update(walked.loose_links)
+        passed_over.update((path, "a table of its own") for path in walked.tables)
+        passed_over.update((path, "neither a file nor a folder") for path in walked.others if self.means(path))
+        for path, reason in walked.unreadable.items():
+            unreadable[path] = StorageError(
+                f"a folder that cannot be read: {reason}",
+                where=path,
+                help="give the user that runs this the right to list and enter it; what was taken up from it stays",
+            )
+        return (self._local(path, status) for path, status in walked.files.items() if self.means(path))
+
+    def _list_s3(self, pattern: Pattern, passed_over: dict[str, str]) -> Iterator[SourceFile]:
+        files: dict[str, SourceFile] = {}
+        tables, others = set(), set()
+        base = pattern.base.rstrip("/") + "/"
+        for uri, etag, size_bytes, modified_s in s3.list_objects(pattern.base):
+            if uri.startswith(self._own):
+                continue
+            if (at := uri.find(f"/{LOG_FOLDER}/", len(base))) > 0:
+                tables.add(uri[:at])
+            elif uri.startswith(base) and uri.endswith(f"{BESIDE_TABLES[0]}/status.json"):
+                others.add(uri.removesuffix("status.json"))
+            if format_of(uri) is None:
+                continue
+            files[uri] = _object(uri, etag, size_bytes, modified_s)
+        tables = {table for table in tables if table.startswith(base)}
+        others.update(f"{table}{end}/" for table in tables for end in ("", *BESIDE_TABLES))
+        pattern.others = tuple(sorted(others))
+        passed_over.update((table, "a table of its own") for table in tables)
+        for uri in files:
+            if not uri.startswith(base) or pattern.means(uri):
+                continue
+            if pattern.means(base + re.sub("/+", "/", uri[len(base) :]).lstrip("/")):
+                passed_over[uri] = "a key with an empty part between slashes"
+        return (file for file in files.values() if pattern.means(file.uri))
 
     def _local(self, path: str, status: os.stat_result) -> SourceFile:
         tag = with_moment(f"{status.st_size}-{status.st_mtime_ns}", status.st_ctime_ns)
@@ -211,35 +267,13 @@ class Sources:
         return replace(file, is_settled=False)
 
 
-def _walk(base: str) -> Iterator[str]:
-    """The files at or below `base`, through links to folders too, each folder once."""
-    if not os.path.isdir(base):
-        yield from [base] if os.path.lexists(base) else []
-        return
-    seen: set[tuple[int, int]] = set()
-    folders = [base]
-    while folders:
-        folder = folders.pop()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(folder))
-        except FileNotFoundError:
-            continue
-        for entry in entries:
-            if entry.name.startswith((".", "_")):
-                continue
-            if entry.is_dir():
-                folders.append(entry.path)
-            else:
-                yield entry.path
+def _real(uri: str) -> str:
+    """A place by one name, where links and `..` give it several."""
+    return uri if storage.is_s3(uri) else os.path.realpath(uri)
 
 
-def _list_s3(base: str) -> Iterator[SourceFile]:
-    for uri, etag, size_bytes, modified_s in s3.list_objects(base):
-        yield _object(uri, etag, size_bytes, modified_s)
+def _lies_in(uri: str, place: str) -> bool:
+    return uri == place or uri.startswith(place.rstrip("/") + "/")
 
 
 def _object(uri: str, etag: str, size_bytes: int, modified_s: float) -> SourceFile:
@@ -248,7 +282,8 @@ def _object(uri: str, etag: str, size_bytes: int, modified_s: float) -> SourceFi
     return SourceFile(uri, tag, int(modified_s * 1_000_000), size_bytes)
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether it can be written in UTF-8; a name that cannot is no name for a store or a log."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

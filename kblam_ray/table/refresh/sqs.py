@@ -20,6 +20,7 @@ from typing import Any
 from kblam_ray.errors import InputError, StorageError
 from kblam_ray.table.refresh import s3
 from kblam_ray.table.refresh.events import ObjectEvent, UnreadableMessageError, events_in
+from kblam_ray.table.refresh.sources import is_utf8
 
 WAIT_S = 5
 """Of one long poll: what was received is extended, and a stop seen, at least so often."""
@@ -49,6 +50,10 @@ class EventQueue:
         url: the queue's.
         means: whether a URI is one of the sources.
 
+    Attributes:
+        failures: how often the queue did not answer or refused since `start`.
+        trouble: how it failed last, None where it has answered since.
+
     Raises:
         InputError: the URL is none.
     """
@@ -67,6 +72,7 @@ class EventQueue:
         self._reported: set[str] = set()
         self._thread: threading.Thread | None = None
         self.failures = 0
+        self.trouble: StorageError | None = None
 
     def start(self) -> None:
         """Receive in the background from now on."""
@@ -90,12 +96,13 @@ class EventQueue:
         return not self._received.empty()
 
     def receive_all(self) -> list[Message]:
-        """What the queue holds now, without waiting for more.
+        """What the queue holds now, without waiting for more, and perhaps some of what is sent meanwhile.
 
         Raises:
             StorageError: the queue does not answer or refuses.
         """
-        while self._receive(wait_s=0):
+        begun_ms = time.time() * 1_000
+        while any(sent_ms <= begun_ms for sent_ms in self._receive(wait_s=0)):
             pass
         return self.take()
 
@@ -135,17 +142,24 @@ class EventQueue:
                     self._stopping.wait(1.0)
                 else:
                     self._receive(WAIT_S)
+                    if self.trouble is not None:
+                        self.trouble = None
+                        print("refresh: the queue works again", file=sys.stderr, flush=True)
                 backoff_s = 1.0
             except StorageError as error:
+                if str(error) != str(self.trouble):
+                    print(f"refresh: {error} (trying again, and so on)", file=sys.stderr, flush=True)
+                self.trouble = error
                 self.failures += 1
-                print(f"refresh: {error}", file=sys.stderr, flush=True)
                 self._stopping.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
-    def _receive(self, wait_s: int) -> int:
+    def _receive(self, wait_s: int) -> list[float]:
+        """Take in the next messages; returns when they were sent, milliseconds since 1970, 0 where that is not said."""
         with s3.client_errors(self.url):
             answer = self._client().receive_message(
                 QueueUrl=self.url,
+                AttributeNames=["SentTimestamp"],
                 MaxNumberOfMessages=10,
                 WaitTimeSeconds=wait_s,
                 VisibilityTimeout=MIN_VISIBILITY_S,
@@ -161,7 +175,13 @@ class EventQueue:
                     self._reported.add(message_id)
                     print(f"refresh: message {message_id} is left in the queue: {error}", file=sys.stderr, flush=True)
                 continue
-            ours = tuple(event for event in events if self._means(event.uri))
+            for uri in {event.uri for event in events if not is_utf8(event.uri)} - self._reported:
+                # No object has such a key, so there is nothing that the message could be held or come back for.
+                self._reported.add(uri)
+                print(
+                    f"refresh: passed over: an event of a key that is not UTF-8: {uri!r}", file=sys.stderr, flush=True
+                )
+            ours = tuple(event for event in events if is_utf8(event.uri) and self._means(event.uri))
             message = Message(message_id, receipt, ours)
             if not ours:
                 of_others.append(message)
@@ -170,7 +190,7 @@ class EventQueue:
                 self._held[message_id] = message
             self._received.put(message)
         self.done(of_others)
-        return len(received)
+        return [float(item.get("Attributes", {}).get("SentTimestamp", 0)) for item in received]
 
     def _extend(self) -> None:
         with self._lock:

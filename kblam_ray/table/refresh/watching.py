@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kblam_ray.errors import KblamError, StorageError
@@ -14,6 +14,12 @@ from kblam_ray.table.refresh.sqs import EventQueue, Message
 
 _RETRY_S = (2.0, 60.0)
 """A file that its store does not give is tried again after the first, then ever more rarely, up to the second."""
+
+_AWAY_AFTER = 3
+"""When a store shows none of so many objects, it is away: the others are not asked for, which takes long then."""
+
+_FORGET_UNSEEN_S = 600.0
+"""An object that its store did not show is forgotten when no event has named it for so long."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,13 @@ class _Refusal:
     wait_s: float
 
 
+@dataclass
+class _Unseen:
+    error: StorageError
+    retry_at: float
+    wait_s: float
+
+
 class Watch:
     """The sources as last seen.
 
@@ -67,6 +80,7 @@ class Watch:
         self._unfollowed: list[Message] = []
         self._event_us: dict[str, tuple[str, int]] = {}
         self._refusals: dict[str, _Refusal] = {}
+        self._unseen: dict[str, _Unseen] = {}
 
     def look(self, *, receive: bool = False) -> None:
         """See what the sources hold now.
@@ -88,18 +102,51 @@ class Watch:
 
     def _follow_events(self) -> None:
         """An event says that an object changed, perhaps long ago; what it is now, the store says."""
-        for uri in {event.uri for message in self._unfollowed for event in message.events}:
-            found = self._sources.look_at(uri)
+        # Some may be another table's: that is known since the listing, and the message may be older.
+        uris = {event.uri for message in self._unfollowed for event in message.events}
+        num_failed, has_answered = 0, False
+        for uri in filter(self._sources.means, uris):
+            known = self._unseen.get(uri)
+            if known is not None and time.monotonic() < known.retry_at:
+                continue
+            try:
+                found = self._sources.look_at(uri)
+            except StorageError as error:
+                wait_s = _RETRY_S[0] if known is None else min(2 * known.wait_s, _RETRY_S[1])
+                self._unseen[uri] = _Unseen(error, time.monotonic() + wait_s, wait_s)
+                num_failed += known is None
+                if num_failed == _AWAY_AFTER and not has_answered:
+                    raise
+                continue
+            has_answered = True
+            self._unseen.pop(uri, None)
             if found is None:
                 self.files.pop(uri, None)
             else:
                 self.files[uri] = found
+        followed, waiting, left = [], [], []
         for message in self._unfollowed:
+            unseen = [self._unseen[event.uri] for event in message.events if event.uri in self._unseen]
+            if not unseen:
+                followed.append(message)
+            elif all(known.wait_s < _RETRY_S[1] for known in unseen):
+                waiting.append(message)
+            else:
+                left.append(message)
+        for message in followed:
             for event in message.events:
                 if event.at_us is not None and event.etag is not None:
                     self._event_us[event.uri] = (event.etag, event.at_us)
-        self._messages += self._unfollowed
-        self._unfollowed = []
+        self._messages += followed
+        self._unfollowed = waiting
+        if self._events is not None:
+            self._events.forget(left)  # not to be held for ever: there is room for so many only
+        forgotten = time.monotonic() - _FORGET_UNSEEN_S
+        self._unseen = {uri: known for uri, known in self._unseen.items() if known.retry_at > forgotten}
+
+    def unseen(self) -> dict[str, StorageError]:
+        """Objects that events name and that the store does not show, and why."""
+        return {uri: known.error for uri, known in self._unseen.items()}
 
     def since_us(self, file: SourceFile) -> int:
         """When the file came to be as it is: as its event says, to the millisecond, else as the store says."""
@@ -122,8 +169,9 @@ class Watch:
         all_files = hindrance = None
         if self._mode == "sync" and self._is_sync_owed(ledger, open_files):
             hindrance = self._hindrance(ledger)
-            # The facts of a file that cannot be read must not go.
-            is_readable = not unsettled and not any(self.is_refused(file) for file in self.files.values())
+            # The facts of a file that cannot be read must not go; what is in a folder that cannot is not known.
+            is_readable = not (unsettled or self._sources.unreadable)
+            is_readable = is_readable and not any(self.is_refused(file) for file in self.files.values())
             if hindrance is None and is_readable:
                 all_files = in_order(self.files.values())
         return Pending(in_order(open_files), frozenset(disputed), unsettled, all_files, hindrance)
@@ -156,6 +204,11 @@ class Watch:
         return [
             file for uri, refusal in self._refusals.items() if (file := self.files.get(uri)) and file.tag == refusal.tag
         ]
+
+    def has_failed_before(self, files: Iterable[SourceFile]) -> bool:
+        """Whether the store did not give one of the files before."""
+        refusals = (self._refusals.get(file.uri) for file in files)
+        return any(refusal is not None and refusal.retry_at is not None for refusal in refusals)
 
     def refuse(self, files: Mapping[SourceFile, KblamError]) -> dict[SourceFile, KblamError]:
         """Keep files out until they change, or for a while where the store failed; returns those that are news."""

@@ -158,6 +158,35 @@ def test_a_prefix_is_listed_and_read_by_etag(bucket, tmp_path):
     assert keys == {"kb.refresh/ledger.json", "kb.refresh/status.json"}
 
 
+def test_a_key_with_two_slashes_is_said_and_passed_over(bucket, tmp_path, capfd):
+    bucket.put("in/a.jsonl", ("a", "p", "1"), tell=False)
+    for key in ("in/x//b.jsonl", "in//c.jsonl", "in/_x//d.jsonl", "in//e.txt", "in.jsonl"):
+        bucket.put(key, ("b", "p", "1"), tell=False)
+    assert once(tmp_path / "kb", f"s3://{bucket.name}/in/")["num_facts"] == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if "empty part between slashes" in line]
+    assert sorted(line.rpartition("/in/")[2] for line in said) == ["/c.jsonl'", "x//b.jsonl'"]
+
+
+def test_other_tables_below_a_prefix_are_no_sources(bucket, tmp_path):
+    base = f"s3://{bucket.name}/data"
+    bucket.put("data/a.jsonl", ("a", "p", "1"), tell=False)
+    bucket.put("data/later.refresh/status.json", body="{}", tell=False)
+    once(f"{base}/kb1", base)
+    bucket.put("data/kb1.rejected/x.jsonl", body="{}", tell=False)
+    sources = Sources([base], f"{base}/kb2", 0)
+    part = next(
+        item["Key"]
+        for item in bucket.s3.list_objects_v2(Bucket=bucket.name, Prefix="data/kb1/")["Contents"]
+        if item["Key"].endswith(".parquet") and "_delta_log" not in item["Key"]
+    )
+    assert list(sources.list()) == [f"{base}/a.jsonl"]
+    assert sources.passed_over == {f"{base}/kb1": "a table of its own"}
+    # An event of the other table's is of no interest either.
+    bucket.tell(record(part, bucket=bucket.name))
+    assert once(f"{base}/kb2", base, sqs_queue_url=bucket.queue)["files_read"] == 1
+    assert bucket.num_messages() == 0
+
+
 def test_events_are_taken_up_and_then_deleted(bucket, tmp_path, started):
     kb = tmp_path / "kb"
     source = f"s3://{bucket.name}/in/"
@@ -222,6 +251,87 @@ def test_what_is_held_is_held_longer_while_a_refresh_takes_long(bucket, tmp_path
         assert bucket.num_messages() == 0
     finally:
         events.stop()
+
+
+def test_what_is_sent_all_the_time_is_not_all_waited_for(bucket, tmp_path, monkeypatch):
+    refresher = watcher(tmp_path / "kb", f"s3://{bucket.name}/in/", sqs_queue_url=bucket.queue)
+    for number in range(12):
+        bucket.put(f"in/{number}.jsonl", ("a", "p", "1"))
+    real, calls = refresher._events._receive, []
+
+    def receive(wait_s: int) -> list[float]:
+        calls.append(wait_s)
+        assert len(calls) < 20, "it never ends"
+        bucket.put(f"in/later {len(calls)}.jsonl", ("b", "p", "1"))
+        return real(wait_s)
+
+    monkeypatch.setattr(refresher._events, "_receive", receive)
+    found = {event.uri for message in refresher._events.receive_all() for event in message.events}
+    assert {f"s3://{bucket.name}/in/{number}.jsonl" for number in range(12)} <= found
+
+
+def test_an_object_that_is_forbidden_holds_up_no_other_event(bucket, tmp_path, monkeypatch, capfd):
+    kb, source = tmp_path / "kb", f"s3://{bucket.name}/in/"
+    real = s3.look_at
+
+    def look_at(uri: str):
+        if "locked" in uri:
+            raise StorageError("the service does not answer or refuses: 403 Forbidden", where=uri, help="ask")
+        return real(uri)
+
+    refresher = watcher(kb, source, sqs_queue_url=bucket.queue, list_every_s=3_600)
+    refresher._pass()
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "look_at", look_at)
+        for name in ("in/locked1.jsonl", "in/a.jsonl", "in/locked2.jsonl"):
+            bucket.put(name, (name, "p", "1"))
+        for _ in range(2):
+            refresher._watch.look(receive=True)
+            refresher._pass()
+        assert contents(kb) == {("in/a.jsonl", "p"): "1"}
+        assert bucket.num_messages() == 2
+        assert sorted(refresher._report.refused) == [f"{source}locked1.jsonl", f"{source}locked2.jsonl"]
+        assert capfd.readouterr().err.count("kept out: ") == refresher._report.failures == 2
+        # Nothing can be seen any more: that is the store, and not the objects.
+        for number in range(4):
+            bucket.put(f"in/locked again {number}.jsonl", ("b", "p", "1"))
+        with pytest.raises(StorageError, match="403"):
+            refresher._watch.look(receive=True)
+    for known in refresher._watch._unseen.values():
+        known.retry_at = 0.0
+    refresher._pass()
+    assert len(contents(kb)) == 4
+    assert not refresher._report.refused
+    assert bucket.num_messages() == 0
+
+
+def test_the_message_of_an_object_that_stays_forbidden_goes_back(bucket, tmp_path, monkeypatch):
+    refresher = watcher(tmp_path / "kb", f"s3://{bucket.name}/in/", sqs_queue_url=bucket.queue, list_every_s=3_600)
+    refresher._pass()
+    monkeypatch.setattr(s3, "look_at", lambda uri: (_ for _ in ()).throw(StorageError("no", where=uri, help="ask")))
+    bucket.put("in/a.jsonl", ("a", "p", "1"))
+    refresher._watch.look(receive=True)
+    for _ in range(5):
+        assert refresher._events._held
+        refresher._watch._unseen[f"s3://{bucket.name}/in/a.jsonl"].retry_at = 0.0
+        refresher._watch.look()
+    assert not refresher._events._held
+
+
+def test_an_event_of_a_key_that_is_not_utf8_is_said_once_and_settled(bucket, tmp_path, capfd):
+    kb, source = tmp_path / "kb", f"s3://{bucket.name}/in/"
+    bucket.put("in/a.jsonl", ("a", "p", "1"))
+    detail = {"bucket": {"name": bucket.name}, "object": {"key": "in/\ud800.jsonl"}}
+    for _ in range(2):
+        bucket.send(json.dumps({"source": "aws.s3", "detail-type": "Object Created", "detail": detail}))
+    assert once(kb, source, sqs_queue_url=bucket.queue)["added"] == 1
+    assert bucket.num_messages() == 0
+    assert capfd.readouterr().err.count("not UTF-8") == 1
+    # Nor does an error that quotes such a name keep the status from being written.
+    refresher = watcher(kb, source)
+    refresher._report.fail(StorageError("no", where="in/\ud800.jsonl", help="wait"), 1.0)
+    status = json.loads((tmp_path / "kb.refresh" / "status.json").read_bytes())
+    assert "\ud800" in status["trouble"]
 
 
 def test_a_sync_by_events_takes_removals_up(bucket, tmp_path, started):
