@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kblam_ray.errors import KblamError
+from kblam_ray.errors import KblamError, StorageError
 from kblam_ray.table.log import TableLog
 from kblam_ray.table.pipeline.run import EmbedSettings, Increment, embed
 from kblam_ray.table.pipeline.scan import FILE_SHIFT, Scan
@@ -16,6 +16,9 @@ from kblam_ray.table.refresh.ledger import NO_TABLE, WRITE_PREFIX, Verdict
 from kblam_ray.table.refresh.settings import RefreshSettings
 from kblam_ray.table.refresh.sources import SourceFile, Sources
 from kblam_ray.table.refresh.taking import Disputed, Limit, Outcome, may_write
+
+MAX_UNREAD = 3
+"""Files that the store does not give before a run begins anew, with a look whether it gives anything at all."""
 
 
 class _PutAsideError(Exception):
@@ -48,9 +51,9 @@ def take_up_backlog(
 
     Raises:
         FactIdCollisionError: facts of the files collide.
-        StorageError, EncoderError, RayStartError: the machinery failed; the table is as before.
+        StorageError, EncoderError, RayStartError: the machinery failed, not a file alone; the table is as before.
     """
-    outcome = Outcome()
+    outcome, num_unread = Outcome(), 0
     left = list(files)
     while left:
         try:
@@ -64,6 +67,16 @@ def take_up_backlog(
             if sync:
                 return outcome
             left = [file for file in left if file not in error.refused and file not in error.moved]
+            continue
+        except StorageError as error:
+            unread = next((file for file in left if file.uri == error.where), None)
+            if unread is None:
+                raise
+            outcome.refused[unread] = error
+            num_unread += 1
+            if sync or num_unread == MAX_UNREAD:
+                return outcome
+            left = [file for file in left if file != unread]
             continue
         outcome.taken = left
         outcome.version = summary["version"] if summary["committed"] else None

@@ -6,7 +6,7 @@ import pytest
 from refresh_samples import contents, once, put, watcher
 
 from kblam_ray.errors import StorageError
-from kblam_ray.table.refresh import reading
+from kblam_ray.table.refresh import backlog, reading
 
 
 @pytest.fixture
@@ -56,3 +56,35 @@ def test_a_store_that_gives_nothing_fails_the_pass_once_and_then_each_file(tmp_p
     assert len(refresher._report.refused) == 2
     with pytest.raises(StorageError, match="Permission denied"):
         once(tmp_path / "kb", tmp_path / "in")
+
+
+def test_one_file_that_is_never_given_does_not_hold_a_backlog_up(tmp_path, monkeypatch):
+    kb, folder = tmp_path / "kb", tmp_path / "in"
+    for name in "abc":
+        put(folder / f"{name}.jsonl", (name, "p", "1"))
+    asked = []
+
+    def embed(settings, files, increment):
+        asked.append([file.uri for file in files])
+        for file in files:
+            if "b.jsonl" in file.uri:
+                raise StorageError("cannot read or write: in an archive", where=file.uri, help="wait")
+        counts = {"added": 2, "changed": 0, "deleted": 0, "texts_embedded": 4, "rows_rejected": 0}
+        return {"version": 0, "committed": True, "rejected_path": None, **counts}
+
+    monkeypatch.setattr(backlog, "embed", embed)
+    refresher = watcher(kb, folder, small_texts=0)
+    pending, _ = refresher._pass()
+    assert len(pending.files) == 3
+    assert [len(files) for files in asked] == [3, 2]
+    assert list(refresher._report.refused) == [str(folder / "b.jsonl")]
+
+
+def test_a_backlog_of_a_table_that_cannot_be_written_fails_as_a_whole(tmp_path, monkeypatch):
+    def embed(*_):
+        raise StorageError("cannot read or write: no space", where=str(tmp_path / "kb"), help="make space")
+
+    put(tmp_path / "in" / "a.jsonl", ("a", "p", "1"))
+    monkeypatch.setattr(backlog, "embed", embed)
+    with pytest.raises(StorageError, match="no space"):
+        watcher(tmp_path / "kb", tmp_path / "in", small_texts=0)._pass()
