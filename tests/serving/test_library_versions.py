@@ -11,6 +11,7 @@ from library_samples import PATIENCE_S, Follower, blocked, change, encoder, make
 
 from kblam_ray import KnowledgeBase, load_encoder
 from kblam_ray.errors import ConflictError, NotServedError, UnavailableError
+from kblam_ray.serving.library.shelf import Shelf
 from kblam_ray.serving.wanted import KbSpec
 
 
@@ -159,6 +160,26 @@ def test_two_names_for_one_table_share_what_they_serve(uri):
             assert (await it.memory("old")).version == 0
             it.follow(b=KbSpec(uri, version=0), old=KbSpec(uri, version=0))
             await it.until_version(0, "b")
+            assert await it.memory("b") is old
+
+    run(test)
+
+
+def test_a_version_is_shared_though_others_switched_in_the_moment_when_it_was_made(uri, monkeypatch):
+    make_versions(uri, 3)
+    keep = Shelf.keep
+
+    async def test():
+        async with Follower() as it:
+
+            def keep_while_others_switch(shelf, kept):
+                keep(shelf, kept)
+                it.library._tidy(shelf)
+
+            monkeypatch.setattr(Shelf, "keep", keep_while_others_switch)
+            it.follow(old=KbSpec(uri, version=0))
+            old = await it.memory("old")
+            it.follow(old=KbSpec(uri, version=0), b=KbSpec(uri, version=0))
             assert await it.memory("b") is old
 
     run(test)

@@ -121,6 +121,9 @@ class Keeper:
     def _switch(self, served: Served, kept: Kept) -> None:
         before = served.version
         served.switch(kept, time.monotonic())
+        if served.shelf is not None:
+            # Another name's switch may have let go of it in the moment when it was made and nobody served it yet.
+            served.shelf.keep(kept)
         served.recover()
         self._settle(served, kept)
         if before is not None and served.refresh_s is not None:
