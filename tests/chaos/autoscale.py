@@ -22,8 +22,8 @@ import psutil
 
 from kblam_ray import KnowledgeBase
 from kblam_ray.errors import TableNotFoundError
-from tests.chaos.cluster import ROOT, kill_tree, ray_environment, ray_start
-from tests.ports import START_S, free_port, wait_for_port
+from tests.chaos.cluster import ROOT, ray_environment, ray_start
+from tests.processes import START_S, free_port, kill_tree, wait_for_port
 
 IDLE_MINUTES = 0.1
 NODE_CPUS = 2

@@ -18,25 +18,11 @@ from typing import Any
 
 import psutil
 
-from tests.ports import free_port, wait_for_port
+from tests.processes import free_port, kill_tree, wait_for_port
 from tests.serving.serve_samples import Gate
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-
-
-def kill_tree(process: subprocess.Popen[Any]) -> int:
-    """SIGKILL a process and all that it started; returns how many there were."""
-    found: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        found = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in found:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.wait()
-    psutil.wait_procs(found, timeout=20)
-    return 1 + len(found)
 
 
 def ray_environment() -> dict[str, str]:

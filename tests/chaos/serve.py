@@ -18,7 +18,7 @@ from kblam_ray import KnowledgeBase
 from tests.chaos.cluster import ROOT, Cluster
 from tests.chaos.model import generations_in, rows_of
 from tests.chaos.workload import JOB_S, Program, Workload
-from tests.ports import free_port
+from tests.processes import free_port
 
 NUM_REPLICAS = 2
 PARTS = ["Registry", "Writer", "Gateway"]

@@ -19,8 +19,9 @@ from deltalake import DeltaTable
 from kblam_ray import KnowledgeBase
 from kblam_ray.storage import delta_storage_options
 from tests.chaos.actors import read_version
-from tests.chaos.cluster import ROOT, Cluster, kill_tree
+from tests.chaos.cluster import ROOT, Cluster
 from tests.chaos.model import Model, Row
+from tests.processes import kill_tree
 
 ENCODER = "hashing:16"
 JOB_S = 240

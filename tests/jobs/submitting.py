@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.running import ROOT
-from tests.ports import free_ports, wait_for_port
+from tests.processes import free_ports, kill_tree, wait_for_port
 
 BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment that leads `ray job submit` to a head of its own, ended by signal: `ray stop` is host-wide."""
+    """Environment that leads `ray job submit` to a head of its own, ended with its processes: `ray stop` is host-wide."""
     home = tmp_path_factory.mktemp("head")
     gcs_port, dashboard_port, client_port, agent_port = free_ports(4)
     environment = {
@@ -44,8 +43,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             wait_for_port(dashboard_port, head)
             yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
         finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(timeout=60)
+            # Asked to end, it takes half a minute.
+            kill_tree(head)
 
 
 def ray_job(cluster: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -124,10 +124,20 @@ def test_the_same_on_s3_with_two_jobs_at_once(tmp_path, s3_uri):
         ("missing.jsonl", None, "missing.jsonl"),
         ("empty.jsonl", b"", "empty.jsonl"),
         ("half.jsonl", b'{"entity": "a", "property": "p", "value": "v"}\n{"entity": "b", "prop', "half.jsonl: line 2"),
-        ("latin.jsonl", b'{"entity": "a", "property": "p", "value": "\xe9"}\n', "latin.jsonl: line 1"),
-        ("columns.csv", b"subject,predicate\na,b\n", "columns.csv"),
+        pytest.param(
+            "latin.jsonl",
+            b'{"entity": "a", "property": "p", "value": "\xe9"}\n',
+            "latin.jsonl: line 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("columns.csv", b"subject,predicate\na,b\n", "columns.csv", marks=pytest.mark.slow),
         ("number.jsonl", b'{"entity": "a", "property": "p", "value": 7}\n', "number.jsonl: line 1"),
-        ("long.csv", b"entity,property,value\n" + b"x" * 100_000 + b",p,v\n", "long.csv: line 2"),
+        pytest.param(
+            "long.csv",
+            b"entity,property,value\n" + b"x" * 100_000 + b",p,v\n",
+            "long.csv: line 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_input_exits_2_with_one_message_that_names_the_place(tmp_path, name, content, message):

@@ -15,7 +15,7 @@ from kblam_ray.facts import write_facts
 from tests.jobs.submitting import cluster, ray_job, submit
 from tests.model_samples import save_base
 from tests.openai_chat_server import Reply, chat_server
-from tests.ports import free_port
+from tests.processes import free_port
 
 __all__ = ["cluster"]  # a fixture
 

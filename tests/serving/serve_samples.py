@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
-from tests.ports import free_port
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 MODEL = "kblam-demo"

@@ -20,7 +20,7 @@ from serving_samples import ANSWER, QUESTION, capital_facts, make_kb, minilm
 
 from kblam_ray import Fact, KnowledgeBase
 from tests.jobs.submitting import BIN, cluster
-from tests.ports import free_port
+from tests.processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,12 +1,14 @@
-"""Ports on loopback: free ones, and waiting until somebody listens."""
+"""Ports and processes of this machine: free ports, waiting until somebody listens, ending a process and its children."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
+
+import psutil
 
 START_S = 120
 
@@ -34,3 +36,17 @@ def wait_for_port(port: int, process: subprocess.Popen[Any]) -> None:
         assert process.poll() is None, f"{process.args} ended with {process.returncode}"
         assert time.monotonic() < deadline, f"{process.args} does not listen"
         time.sleep(0.1)
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> int:
+    """SIGKILL a process and all that it started; returns how many there were."""
+    found: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in found:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    psutil.wait_procs(found, timeout=20)
+    return 1 + len(found)
