@@ -1,4 +1,4 @@
-"""Ports and processes of this machine: free ports, waiting until somebody listens, ending a process and its children."""
+"""Ports and processes of this machine: free ports, waiting until somebody listens, ending a process with its kin."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment that leads `ray job submit` to a head of its own, ended with its processes: `ray stop` is host-wide."""
+    """Environment that leads `ray job submit` to a head of its own, ended with its processes; `ray stop` is for all."""
     home = tmp_path_factory.mktemp("head")
     gcs_port, dashboard_port, client_port, agent_port = free_ports(4)
     environment = {
