@@ -66,13 +66,19 @@ class Job:
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
 
-    def stop(self) -> dict:
-        """Ask it to end, and return its summary."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.finished()
+    def stop(self, *, may_be_new: bool = False) -> dict:
+        """Ask it to end, and return its summary.
 
-    def finished(self) -> dict:
+        Args:
+            may_be_new: it may not have come to where it listens to signals, and is well then if it just ends.
+        """
+        self.process.send_signal(signal.SIGTERM)
+        return self.finished(may_be_new=may_be_new)
+
+    def finished(self, *, may_be_new: bool = False) -> dict:
         out, err = self.process.communicate(timeout=120)
+        if may_be_new and not out and self.process.returncode == -signal.SIGTERM:
+            return {"ok": True, "exit_code": self.process.returncode, "stderr": err}
         assert out.strip(), err
         return {**json.loads(out.splitlines()[-1]), "exit_code": self.process.returncode, "stderr": err}
 

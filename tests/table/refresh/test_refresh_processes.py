@@ -86,7 +86,7 @@ def run_all_at_once(tmp_path: Path, seed: int, num_edits: int, num_kills: int, m
         wait_until(lambda: holds(kb, {**edits.expected, **by_hand}), 60)
     finally:
         stop.set()
-        summaries = [job.stop() for job in jobs]
+        summaries = [job.stop(may_be_new=True) for job in jobs]
     assert [summary["ok"] for summary in summaries] == [True, True], summaries
     once(kb, edits.folder, mode=mode)
     assert contents(kb) == {**edits.expected, **by_hand}
