@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -76,7 +77,7 @@ class Program:
         return True
 
 
-class Workload:
+class Workload(ABC):
     """One seeded run on a table of its own; subclasses say what works on it.
 
     Attributes:
@@ -115,12 +116,13 @@ class Workload:
         self._num_programs = 0
         self.reader: Program | None = None
 
+    @abstractmethod
     def prepare(self) -> None:
         """What must be there before the first blow."""
 
+    @abstractmethod
     def work(self) -> None:
         """Everything until all is acknowledged."""
-        raise NotImplementedError
 
     def start_program(self, *arguments: str, on_cluster: bool = True) -> Program:
         with self._lock:
@@ -166,7 +168,8 @@ class Workload:
             return "writer"
 
     def kill_part(self, target: str, number: int) -> str:
-        raise NotImplementedError
+        """SIGKILL a part of a server; says which, and nothing where there is no server."""
+        return ""
 
     def until_done(self, start: Any, acknowledged: Any) -> None:
         """Run a job again and again until it says that it is done; `acknowledged` is given its summary."""
