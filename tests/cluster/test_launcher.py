@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from dockerfile_parse import DockerfileParser
 
 from tests.cluster.manifests import CLUSTER, documents
 
@@ -123,6 +127,15 @@ def test_the_resources_are_those_of_the_machines(started):
     assert found["trainer"]["resources"]["accelerator_type:A100"] == 1
 
 
+def test_machines_start_from_an_image_whose_driver_runs_the_containers_cuda(started):
+    """Ray's own default, which it puts in the place of `latest_dlami`, is years older than that."""
+    wanted = (
+        r"resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-2[4-9]\.04/latest/ami-id"
+    )
+    for name, node in started["available_node_types"].items():
+        assert re.fullmatch(wanted, node["node_config"]["ImageId"]), name
+
+
 def test_workers_come_with_the_work_and_go_with_it():
     types = config()["available_node_types"]
     assert types["encoder"]["max_workers"] > types["encoder"]["min_workers"] == 0
@@ -137,3 +150,34 @@ def test_every_process_wants_the_token_and_only_the_token_is_copied():
     assert given["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     (head,) = [command for command in given["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in head
+
+
+def test_the_token_is_put_where_the_user_of_the_image_looks_for_it(monkeypatch):
+    """By Ray's own way of starting a container: it goes by HOME of the image, and where there is none by root's."""
+    from ray.autoscaler._private.command_runner import DockerCommandRunner
+
+    given = config()
+    image = DockerfileParser(path=str(CLUSTER / "Dockerfile"), cache_content=True)
+    runner = DockerCommandRunner(
+        given["docker"],
+        log_prefix="",
+        node_id="i-1",
+        provider=None,
+        auth_config=given["auth"],
+        cluster_name=given["cluster_name"],
+        process_runner=subprocess,
+        use_internal_ip=False,
+    )
+    sent: list[str] = []
+
+    def run(command: str, **_: Any) -> bytes:
+        sent.append(command)
+        environment = [f"{name}={value}" for name, value in image.envs.items()]
+        return json.dumps(environment).encode() if ".Config.Env" in command else b""
+
+    monkeypatch.setattr(runner.ssh_command_runner, "run", run)
+    runner.run_init(as_head=False, file_mounts=given["file_mounts"], sync_run_yet=True)
+    (start,) = [command for command in sent if command.startswith("docker run ")]
+    user = re.search(r"useradd .*--create-home .*?(\w+)$", image.content, re.MULTILINE)
+    assert user
+    assert f"/~/.ray/auth_token:/home/{user[1]}/.ray/auth_token " in start
