@@ -20,7 +20,7 @@ from kblam_ray.table.refresh.sources import SourceFile
 from kblam_ray.table.refresh.taking import Outcome
 from tests.cluster.manifests import CLUSTER, dashboard, named, quantity, serve_config
 
-FOREIGN = {"kube_cronjob_status_last_successful_time": {"cronjob"}}
+FOREIGN = {"kube_cronjob_status_last_successful_time": {"cronjob"}, "kube_cronjob_created": {"cronjob"}}
 """Metrics of others (kube-state-metrics) and the labels of them that are used."""
 
 CONVERSIONS = {"humanizePercentage", "humanizeDuration", "humanize1024"}
@@ -200,6 +200,20 @@ def test_a_watcher_without_a_series_is_noticed():
     allowed_s = float(rule["expr"].rpartition(">")[2])
     # A step between two questions and a few scrapes that went wrong are no death.
     assert allowed_s >= 60 + 5 * float(target["interval"].removesuffix("s"))
+
+
+def test_a_schedule_that_never_ended_well_is_noticed():
+    """It has no last success to be compared: its own age is taken then."""
+    (rule,) = [rule for rule in rules() if rule["alert"] == "KblamScheduleLate"]
+    either = [
+        node for node in nodes(rule["expr"]) if isinstance(node, promql_parser.BinaryExpr) and str(node.op) == "or"
+    ]
+    assert [(name_of(node.lhs), name_of(node.rhs)) for node in either] == [tuple(FOREIGN)]
+
+
+def name_of(expression: Any) -> str:
+    (found,) = [node.name for node in nodes(str(expression)) if isinstance(node, promql_parser.VectorSelector)]
+    return str(found)
 
 
 def test_a_long_batch_is_told_from_a_watcher_that_hangs():
