@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
+from deltalake import DeltaTable
 
 from kblam_ray import Fact, KnowledgeBase
 from kblam_ray.errors import KblamError
@@ -69,47 +74,72 @@ def test_what_the_guide_links_to_is_there():
     for path in re.findall(r"cluster/[\w./-]+\.(?:yaml|json)", GUIDE):
         assert (CLUSTER.parent / path).exists(), path
     names = {manifest.name for manifest in kubernetes()}
-    for kind, name in re.findall(r"\b(job|service)/([\w-]+)", GUIDE):
+    for kind, name in re.findall(r"\b(job|rayjob|service|deployment)/([\w-]+)", GUIDE):
         assert name in names or name == "kblam-server-serve-svc", kind
     applied = set(re.findall(r"-f cluster/(\S+\.yaml)", GUIDE))
     assert applied == {manifest.path.relative_to(CLUSTER).as_posix() for manifest in kubernetes()}
 
 
+def test_the_role_that_the_guide_describes_may_do_what_its_commands_do():
+    policy = re.search(r"`AbortMultipartUpload` on (.*?), `s3:GetObject` on (.*?);", GUIDE, re.DOTALL)
+    assert policy
+    writable, readable = (set(re.findall(r"`(\w+/)`", part)) for part in policy.groups())
+    objects = [yaml.safe_dump(manifest.content, width=10**6) for manifest in kubernetes()]
+    text = "\n".join([*re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL), *objects])
+    found = re.findall(r"(--kb|--output|state_uri:|uri:|--input)[ =]+s3://my-bucket/(\w+/)", text)
+    assert {place for option, place in found if option != "--input"} == writable
+    assert {place for option, place in found if option == "--input"} == readable
+
+
 @pytest.fixture
 def live(tmp_path: Path) -> KnowledgeBase:
-    kb = KnowledgeBase.create(str(tmp_path / "live"), FakeEncoder())
+    kb = KnowledgeBase.create(str(tmp_path / "bucket"), FakeEncoder())
     for number in range(3):
         kb.upsert([Fact(f"entity {number}", "code", str(number))])
     return kb
 
 
-def copy(source: Path, target: Path, *, is_log: bool) -> None:
-    """What `aws s3 sync` copies of a table: its log, or all but its log."""
-    for path in source.rglob("*"):
-        inside = path.relative_to(source)
-        if path.is_file() and (inside.parts[0] == "_delta_log") is is_log:
-            (target / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inside)
+BACKUP = re.findall(r"^aws s3 sync s3://my-bucket.*$", GUIDE, re.MULTILINE)
+
+
+def sync(command: str, folder: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """What an `aws s3 sync` of the guide does, with folders for buckets: it lists, and then copies what it listed."""
+    words = shlex.split(command)
+    excluded = [words[number + 1] for number, word in enumerate(words) if word == "--exclude"]
+    source, target = (
+        folder / re.sub(r"^s3://my-(bucket|backup)/kb/products", lambda found: found[1], uri) for uri in words[3:5]
+    )
+    names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
+    meanwhile()
+    for name in names:
+        if not any(fnmatch(name, pattern) for pattern in excluded):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def test_a_table_is_backed_up_while_it_is_written_to(live, tmp_path):
     """Log first, as the guide has it: what is committed meanwhile is not in the backup, and nothing in it is torn."""
-    first, second = (position.start() for position in re.finditer(r"^aws s3 sync s3://my-bucket", GUIDE, re.MULTILINE))
-    assert "_delta_log s3://" in GUIDE[first:second]
-    assert "--exclude '_delta_log/*'" in GUIDE[second : second + 200]
+
+    def write():
+        live.upsert([Fact("entity 1", "code", "changed meanwhile"), Fact("entity 9", "code", "new")])
+        live.compact()
+        # deltalake writes one every hundred versions, and puts its number into `_last_checkpoint`.
+        DeltaTable(str(tmp_path / "bucket")).create_checkpoint()
+
+    DeltaTable(str(tmp_path / "bucket")).create_checkpoint()
     version = live.version
-    copy(tmp_path / "live", tmp_path / "backup", is_log=True)
-    live.upsert([Fact("entity 1", "code", "changed meanwhile"), Fact("entity 9", "code", "new")])
-    live.compact()
-    copy(tmp_path / "live", tmp_path / "backup", is_log=False)
+    log, files = BACKUP
+    sync(log, tmp_path, meanwhile=write)
+    sync(files, tmp_path)
     backup = KnowledgeBase.open(str(tmp_path / "backup"))
     assert backup.version == version
     assert sorted(backup.snapshot().facts.column("value").to_pylist()) == ["0", "1", "2"]
 
 
 def test_the_other_order_would_tear_it(live, tmp_path):
-    copy(tmp_path / "live", tmp_path / "backup", is_log=False)
+    log, files = BACKUP
+    sync(files, tmp_path)
     live.upsert([Fact("entity 9", "code", "new")])
-    copy(tmp_path / "live", tmp_path / "backup", is_log=True)
+    sync(log, tmp_path)
     with pytest.raises(KblamError):
         KnowledgeBase.open(str(tmp_path / "backup")).snapshot()
