@@ -12,7 +12,7 @@ import promql_parser
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kblam_ray.serving.metrics import Metrics
+from kblam_ray.serving.metrics import FIRST_TOKEN_BUCKETS_S, Metrics
 from kblam_ray.serving.settings import ServeSettings
 from kblam_ray.table.refresh.metrics import RefreshMetrics
 from kblam_ray.table.refresh.report import Report
@@ -176,6 +176,16 @@ def test_alerts_say_what_they_saw():
             assert set(words[2:]) <= CONVERSIONS
 
 
+def test_alerts_compare_what_is_too_much_with_what_can_be_reached():
+    """A quantile is never more than the last bucket."""
+    for rule in rules():
+        for node in nodes(rule["expr"]):
+            if isinstance(node, promql_parser.BinaryExpr) and str(node.op) in ("<", "<=", ">", ">=", "==", "!="):
+                assert str(node.op) == ">", rule["alert"]
+                if str(node.lhs).startswith("histogram_quantile("):
+                    assert float(str(node.rhs)) < max(FIRST_TOKEN_BUCKETS_S), rule["alert"]
+
+
 def labels_of(node: Any) -> set[str]:
     if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
         return set(node.modifier.labels)
@@ -307,7 +317,11 @@ def test_the_dashboard_is_one_that_grafana_shows():
         taken |= cells
     variables = {variable["name"] for variable in board["templating"]["list"]}
     assert variables == {"datasource", "kb"}
+    (kb,) = [variable for variable in board["templating"]["list"] if variable["name"] == "kb"]
+    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", kb["query"]["query"]).groups()
+    assert label in EXPORTED[metric]
     for panel in panels():
+        assert panel["fieldConfig"]["defaults"]["unit"] == unit_of(panel), panel["title"]
         refs = [target["refId"] for target in panel["targets"]]
         assert len(refs) == len(set(refs))
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
@@ -315,3 +329,19 @@ def test_the_dashboard_is_one_that_grafana_shows():
             expression = without_variables(target["expr"])
             for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
                 assert label in {name for node in nodes(expression) for name in labels_of(node)}
+
+
+def unit_of(panel: dict[str, Any]) -> str:
+    """What the expressions of a panel are in, by the names of their metrics."""
+    expressions = [without_variables(target["expr"]) for target in panel["targets"]]
+    names = [
+        node.name for each in expressions for node in nodes(each) if isinstance(node, promql_parser.VectorSelector)
+    ]
+    if panel["title"] in ("Failed", "Turned away"):
+        return "percentunit"
+    if all(name == "kblam_requests_total" for name in names):
+        return "reqps"
+    if all(name.removesuffix("_bucket").endswith("_seconds") for name in names):
+        return "s"
+    is_size = all(name.endswith("_bytes") for name in names) and not any("count(" in each for each in expressions)
+    return "bytes" if is_size else "none"
