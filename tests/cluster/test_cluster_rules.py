@@ -96,6 +96,15 @@ def test_clusters_of_jobs_go_with_them_and_no_job_runs_for_ever():
         assert job["activeDeadlineSeconds"] > 0
 
 
+def test_a_new_release_comes_up_beside_the_one_that_answers():
+    """As "Upgrades" of the guide says; without it the service would go on with the old release for ever."""
+    service = named("RayService", "kblam-server")["spec"]
+    assert service["upgradeStrategy"] == {"type": "NewCluster"}
+    assert service["rayClusterConfig"]["headGroupSpec"]["template"]["metadata"]["annotations"].keys() == {
+        "kblam-ray/release"
+    }
+
+
 def test_heads_take_no_work():
     for manifest, cluster in ray_clusters():
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", manifest
