@@ -22,7 +22,7 @@ from tests.cluster.manifests import (
     ray_clusters,
     serve_config,
 )
-from tests.cluster.test_cluster_commands import texts_of
+from tests.cluster.test_cluster_commands import comment_commands, texts_of
 from tests.cluster.test_cluster_consistency import IMAGE, PORTS, guide
 
 RAY_NODE = {"ray.io/is-ray-node": "yes"}
@@ -50,6 +50,13 @@ def test_every_image_has_its_tag():
     launcher = documents(CLUSTER / "aws" / "cluster.yaml")[0]
     assert launcher["docker"]["image"] == f"{IMAGE}-cpu"
     assert launcher["available_node_types"]["trainer"]["docker"]["worker_image"] == IMAGE
+
+
+def test_a_head_that_a_person_starts_wants_the_token_and_gets_it():
+    """`ray start` turns tokens on where it finds one; `serve deploy` shows one only if the environment says so."""
+    lines = comment_commands(CLUSTER / "serve" / "laptop.yaml")
+    names = [" ".join(line.split("#")[0].split()[:2]) for line in lines]
+    assert names == ["ray get-auth-token", "export RAY_AUTH_MODE=token", "ray start", "serve deploy", "serve status"]
 
 
 def is_schedule(text: str) -> bool:
