@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address, ip_network
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -80,7 +79,7 @@ def test_schedules_are_ones_and_do_not_run_into_themselves():
     assert jobs
     for job in jobs:
         assert is_schedule(job["schedule"])
-        assert ZoneInfo(job["timeZone"])
+        assert job["timeZone"] == "Etc/UTC"  # without it the controller's own zone counts, whatever that is
         assert job["concurrencyPolicy"] == "Forbid"
 
 
