@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -232,6 +232,24 @@ def read_file(uri: str) -> bytes | None:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
+
+
+@contextmanager
+def whole_or_gone(uri: str) -> Iterator[None]:
+    """Remove the local file `uri` if what writes it fails: an unfinished one that stayed could fill the disk for good.
+
+    An object store shows no unfinished object.
+    """
+    with ExitStack() as removal:
+        if not is_s3(uri):
+            removal.callback(_remove, Path(uri))
+        yield
+        removal.pop_all()
+
+
+def _remove(place: Path) -> None:
+    with suppress(OSError):
+        place.unlink()
 
 
 def sync(uri: str) -> None:

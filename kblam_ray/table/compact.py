@@ -17,7 +17,7 @@ import numpy as np
 from kblam_ray.errors import InputError, StorageError
 from kblam_ray.table.live import Winners, find_winners
 from kblam_ray.table.log import WRITE_WINDOW_H, DataFile, TableLog, replace_parts
-from kblam_ray.table.part import PartFile, write_part
+from kblam_ray.table.part import PartFile, write_parts
 from kblam_ray.table.schema import SCHEMA, new_write_id
 
 TARGET_FILE_BYTES = 128 * 2**20
@@ -38,12 +38,21 @@ class Rewrite:
     began_at_s: float
 
 
-def compact(uri: str, *, target_file_bytes: int = TARGET_FILE_BYTES, retention_h: float = RETENTION_H) -> int:
+def compact(
+    uri: str,
+    *,
+    target_file_bytes: int = TARGET_FILE_BYTES,
+    retention_h: float = RETENTION_H,
+    min_dead: float = 0.0,
+) -> int:
     """Merge small files and drop superseded rows, in one commit, or in none if there is nothing to gain.
 
     Args:
         target_file_bytes: files smaller than half of it are merged.
         retention_h: hours that delete rows stay. Less than the default only where nothing else writes meanwhile.
+        min_dead: while a smaller share of the table's rows would go, only what is worth it is rewritten: files of
+            which so large a share is superseded, and of the small ones the smaller. What was replaced takes its room
+            until vacuum, so whoever compacts often should rewrite little.
 
     Returns:
         The version that holds the result: the newest one, if nothing was committed.
@@ -54,18 +63,27 @@ def compact(uri: str, *, target_file_bytes: int = TARGET_FILE_BYTES, retention_h
     if target_file_bytes <= 0 or retention_h < 0:
         raise InputError("a negative size or retention", where=uri, help="give a positive file size and hours >= 0")
     log = TableLog.open(uri)
-    rewrite = rewrite_files(log, target_file_bytes=target_file_bytes, retention_h=retention_h)
+    rewrite = rewrite_files(log, target_file_bytes=target_file_bytes, retention_h=retention_h, min_dead=min_dead)
     return log.version if rewrite is None else commit_rewrite(log.uri, rewrite)
 
 
-def rewrite_files(log: TableLog, *, target_file_bytes: int, retention_h: float) -> Rewrite | None:
+def rewrite_files(
+    log: TableLog, *, target_file_bytes: int, retention_h: float, min_dead: float = 0.0
+) -> Rewrite | None:
     """Write the compacted files of a version beside the table's, not committed; None if there is nothing to gain."""
     began_at_s = time.time()
     winners = find_winners(log)
-    is_kept_M = winners.is_upsert_M | (winners.updated_at_M > began_at_s * 1e6 - retention_h * _HOUR_US)
-    kept_of_file = np.bincount(winners.file_M[is_kept_M], minlength=len(log.files))
-    outdated = kept_of_file < winners.rows_of_file
+    is_kept_M = _is_kept(winners, retention_h)
     small = np.array([2 * file.size_bytes < target_file_bytes for file in log.files], bool)
+    is_thrifty = removable_share(winners, retention_h) < min_dead
+    if is_thrifty:
+        # Superseded rows stay in some files, so delete rows stay, too: without them those would be live again.
+        is_kept_M = np.ones(len(winners), bool)
+        small = _smaller_ones(np.array([file.size_bytes for file in log.files]), small)
+    dead_of_file = winners.rows_of_file - np.bincount(winners.file_M[is_kept_M], minlength=len(log.files))
+    outdated = dead_of_file > 0
+    if is_thrifty:
+        outdated &= dead_of_file >= min_dead * winners.rows_of_file
     chosen = np.flatnonzero(outdated | small)
     if not len(chosen):
         return None
@@ -76,6 +94,12 @@ def rewrite_files(log: TableLog, *, target_file_bytes: int, retention_h: float) 
         return None
     parts = _write_sorted(log, rows_to_keep, num_parts)
     return Rewrite([log.files[i] for i in chosen], parts, began_at_s)
+
+
+def removable_share(winners: Winners, retention_h: float = RETENTION_H) -> float:
+    """Which share of a version's rows a compaction would remove: 0 to 1, delete rows that must stay not among them."""
+    num_rows = int(winners.rows_of_file.sum())
+    return 1 - int(_is_kept(winners, retention_h).sum()) / max(1, num_rows)
 
 
 def commit_rewrite(uri: str, rewrite: Rewrite) -> int:
@@ -100,10 +124,28 @@ def commit_rewrite(uri: str, rewrite: Rewrite) -> int:
     return replace_parts(log, rewrite.parts, rewrite.replaced, new_write_id())
 
 
+def _is_kept(winners: Winners, retention_h: float) -> np.ndarray:
+    """Of each winner whether a compaction now keeps it: bool [M]."""
+    return winners.is_upsert_M | (winners.updated_at_M > time.time() * 1e6 - retention_h * _HOUR_US)
+
+
+def _smaller_ones(sizes_F: np.ndarray, small_F: np.ndarray) -> np.ndarray:
+    """Of the small files the smaller half, and on as long as the next one is no larger than those: bool [F].
+
+    So a row is rewritten as often as the table doubles, and not whenever some small files have come together.
+    """
+    at = np.flatnonzero(small_F)
+    at = at[np.argsort(sizes_F[at], kind="stable")]
+    together = np.cumsum(sizes_F[at])
+    count = max(2, -(-len(at) // 2))
+    while count < len(at) and sizes_F[at[count]] <= together[count - 1]:
+        count += 1
+    chosen_F = np.zeros(len(small_F), bool)
+    chosen_F[at[:count]] = True
+    return chosen_F
+
+
 def _write_sorted(log: TableLog, rows: Winners, num_parts: int) -> list[PartFile]:
     positions = np.arange(len(rows))
-    return [
-        write_part(log.uri, rows.select(run).read_sorted(SCHEMA.names))
-        for run in np.array_split(positions, max(1, num_parts))
-        if len(run)
-    ]
+    runs = (run for run in np.array_split(positions, max(1, num_parts)) if len(run))
+    return write_parts(log.uri, (rows.select(run).read_sorted(SCHEMA.names) for run in runs))

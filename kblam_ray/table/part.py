@@ -6,8 +6,8 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -66,7 +66,7 @@ def write_part(uri: str, rows: pa.Table) -> PartFile:
     """
     rows = _sorted_by_id(rows.select(SCHEMA.names).cast(SCHEMA))
     path = f"part-{uuid.uuid4().hex}.parquet"
-    with storage.storage_errors(uri):
+    with storage.storage_errors(uri), storage.whole_or_gone(storage.join(uri, path)):
         files, root = storage.filesystem(uri)
         if isinstance(files, pafs.LocalFileSystem):
             files.create_dir(root, recursive=True)
@@ -90,6 +90,16 @@ def write_part(uri: str, rows: pa.Table) -> PartFile:
         min_updated_at=int(updated_at.min()),
         modified_at_ms=time.time_ns() // 1_000_000,
     )
+
+
+def write_parts(uri: str, tables: Iterable[pa.Table]) -> list[PartFile]:
+    """`write_part` for each of several; where one fails, those before it do not stay either, on a disk."""
+    parts = []
+    with ExitStack() as all_of_them:
+        for rows in tables:
+            parts.append(part := write_part(uri, rows))
+            all_of_them.enter_context(storage.whole_or_gone(storage.join(uri, part.path)))
+    return parts
 
 
 def open_part(files: pafs.FileSystem, root: str, path: str) -> pq.ParquetFile:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,8 @@ from kblam_ray.table.changes import find_changes
 from kblam_ray.table.compact import commit_rewrite, compact, rewrite_files
 from kblam_ray.table.live import find_winners
 from kblam_ray.table.log import TableLog, commit_parts, replace_parts
+from kblam_ray.table.part import PartFile
+from kblam_ray.table.pipeline.spool import write_spool
 from kblam_ray.table.schema import new_write_id
 from kblam_ray.table.snapshot import read_snapshot
 from kblam_ray.table.vacuum import vacuum
@@ -233,3 +237,93 @@ def test_odd_options_are_refused(uri):
     for options in ({"target_file_bytes": 0}, {"retention_h": -1}):
         with pytest.raises(InputError):
             compact(uri, **options)
+
+
+@pytest.fixture
+def large_and_small(tmp_path: Path) -> str:
+    """A large file of 2,000 facts and four small ones; the last one deletes a fact."""
+    uri = str(tmp_path / "large")
+    commit_upserts(uri, facts(*range(2_000)), NOW)
+    for number in range(3):
+        commit_upserts(uri, facts(number, value="second"), NOW + 1 + number)
+    commit_deletes(uri, facts(5), NOW + 4)
+    return uri
+
+
+def test_a_large_file_with_few_superseded_rows_stays_where_that_shall_be_worth_it(large_and_small):
+    uri = large_and_small
+    before, large = contents(read_snapshot(uri)), max(TableLog.open(uri).files, key=lambda file: file.size_bytes)
+    compact(uri, min_dead=0.5)
+    files = TableLog.open(uri).files
+    assert sorted(file.num_rows for file in files) == [4, 2_000]
+    assert large in files
+    assert contents(read_snapshot(uri)) == before
+    commit_upserts(uri, facts(*range(10, 1_990), value="second"), NOW + 10)
+    before = contents(read_snapshot(uri))
+    compact(uri, min_dead=0.4)
+    assert [file.num_rows for file in TableLog.open(uri).files] == [2_000]
+    assert contents(read_snapshot(uri)) == before
+
+
+def test_delete_rows_stay_as_long_as_what_they_delete(large_and_small):
+    """However old they are: from a file that is left as it is the fact would come back."""
+    uri = large_and_small
+    before = contents(read_snapshot(uri))
+    time.sleep(0.001)
+    compact(uri, retention_h=0, min_dead=0.5)
+    assert sorted(file.num_rows for file in TableLog.open(uri).files) == [4, 2_000]
+    assert contents(read_snapshot(uri)) == before
+    compact(uri, retention_h=0)
+    assert [file.num_rows for file in TableLog.open(uri).files] == [1_999]
+    assert contents(read_snapshot(uri)) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_is_left_as_it_is_no_fact_changes(tmp_path, seed):
+    draw = random.Random(seed)
+    uri = str(tmp_path / "kb")
+    commit_upserts(uri, facts(*range(30)), NOW)
+    for step in range(1, 12):
+        some = facts(*draw.sample(range(40), draw.choice([1, 3, 25])), value=f"v{step}")
+        (commit_upserts if draw.random() < 0.6 else commit_deletes)(uri, some, NOW + step)
+        before = contents(read_snapshot(uri))
+        retention_h, min_dead = draw.choice([0, 168]), draw.choice([0.0, 0.2, 0.5, 0.8])
+        compact(uri, retention_h=retention_h, min_dead=min_dead, target_file_bytes=draw.choice([2_000, 20_000, 2**27]))
+        assert contents(read_snapshot(uri)) == before
+
+
+def test_a_file_that_could_not_be_written_whole_does_not_stay(tmp_path, monkeypatch):
+    """On a full disk it would keep the room that smaller writes need, until a vacuum a week later."""
+
+    def fail(rows: pa.Table, where: pa.NativeFile | str, **options: object) -> None:
+        if isinstance(where, str):
+            Path(where).write_bytes(b"PAR1 and some rows")
+        else:
+            where.write(b"PAR1 and some rows")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(part_module.pq, "write_table", fail)
+    with pytest.raises(StorageError, match="No space left"):
+        upsert_part(str(tmp_path / "kb"), facts(1), NOW, "w")
+    assert list((tmp_path / "kb").iterdir()) == []
+    with pytest.raises(StorageError, match="No space left"):
+        write_spool(str(tmp_path / "spool"), pa.table({"text_hash": [b"x"]}))
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_files_of_a_compaction_that_failed_do_not_stay(uri, monkeypatch):
+    write, written = part_module.write_part, []
+
+    def write_two(*given: object) -> PartFile:
+        if len(written) == 2:
+            raise StorageError("No space left on device", where=uri, help="make some")
+        written.append(write(*given))
+        return written[-1]
+
+    monkeypatch.setattr(part_module, "write_part", write_two)
+    before = {file.name for file in Path(uri).iterdir()}
+    with pytest.raises(StorageError, match="No space"):
+        compact(uri, target_file_bytes=300)
+    assert len(written) == 2
+    assert {file.name for file in Path(uri).iterdir()} == before

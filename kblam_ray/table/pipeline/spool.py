@@ -59,8 +59,9 @@ def write_spool(uri: str, rows: pa.Table) -> str:
         if isinstance(filesystem, pafs.LocalFileSystem):
             filesystem.create_dir(path.rpartition("/")[0])
             # The reader lists *.parquet: a file that a killed worker left half-written never bears that name.
-            pq.write_table(rows, f"{path}.part", filesystem=filesystem, compression="none")
-            filesystem.move(f"{path}.part", path)
+            with storage.whole_or_gone(f"{path}.part"):
+                pq.write_table(rows, f"{path}.part", filesystem=filesystem, compression="none")
+                filesystem.move(f"{path}.part", path)
         else:
             pq.write_table(rows, path, filesystem=filesystem, compression="none")
     return final
