@@ -6,7 +6,7 @@ import threading
 import time
 
 from kblam_ray.errors import KblamError
-from kblam_ray.table.compact import TARGET_FILE_BYTES, compact
+from kblam_ray.table.compact import TARGET_FILE_BYTES, compact, removable_share
 from kblam_ray.table.live import find_winners
 from kblam_ray.table.log import TableLog
 from kblam_ray.table.pipeline.spool import remove_old_spools
@@ -75,7 +75,7 @@ class Upkeep:
         try:
             log = TableLog.open(self._uri)
             if self._compaction_may_help(log) and self._is_worthwhile(log):
-                version = compact(self._uri)
+                version = compact(self._uri, min_dead=self._settings.compact_dead)
                 if version != log.version:
                     self._report.compacted(version)
                 self._counted_rows = _num_rows(TableLog.open(self._uri))
@@ -95,8 +95,7 @@ class Upkeep:
             return True
         winners = find_winners(log)
         self._counted_rows = int(winners.rows_of_file.sum())
-        dead = 1 - len(winners.live()) / max(1, self._counted_rows)
-        return dead >= self._settings.compact_dead
+        return removable_share(winners) >= self._settings.compact_dead
 
 
 def _num_rows(log: TableLog) -> int:
