@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from kblam_ray.encoders import load_encoder
@@ -80,21 +81,26 @@ class Pool:
 
 
 def resume_from(leftovers: list[Leftover], work: Work, spool: str, report: EncodeReport) -> Work:
-    """Copy the texts of this work that other runs have embedded already into this run's spool."""
+    """Copy the texts of this work that other runs have embedded already into this run's spool, each once."""
     import ray
 
-    files = [{"file": file} for leftover in leftovers for file in leftover.files]
+    files = [file for leftover in leftovers for file in leftover.files]
     if not files:
         return work
-    copies = ray.data.from_items(files).map_batches(
-        _copy_spooled,
-        batch_size=1,
-        fn_kwargs={"work_ref": ray.put(work), "spool": spool},
-        num_cpus=TASK_CPUS,
-    )
-    # Two runs that died may both have embedded a text, the later one by copying from the earlier.
+
+    def run(task: Callable[..., Any], *known: Any) -> Iterator[Any]:
+        kwargs = {"known_ref": ray.put((work, *known)), "spool": spool}
+        items = ray.data.from_items([{"file": file} for file in files])
+        return reports(items.map_batches(task, batch_size=1, fn_kwargs=kwargs, num_cpus=TASK_CPUS))
+
+    # A run that was continued has left its texts in both spools. Were all of them copied, every further run that dies
+    # would leave twice as much as the one before.
+    source_of_D: np.ndarray = np.full(len(work.file_D), -1, np.int32)
+    sources: dict[str, int] = {}
+    for found in run(_find_spooled):
+        source_of_D[found.text_ids] = sources.setdefault(found.file, len(sources))
     is_truncated_D, is_unknown_D = np.zeros((2, len(work.file_D)), bool)
-    for copied in reports(copies):
+    for copied in run(_copy_spooled, source_of_D, sources):
         report.spooled.append(copied)
         is_truncated_D[copied.truncated_ids] = True
         is_unknown_D[copied.unknown_ids] = True
@@ -105,21 +111,45 @@ def resume_from(leftovers: list[Leftover], work: Work, spool: str, report: Encod
     return work
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A worker's report of the spool file of another run: which of the work's texts it holds."""
+
+    file: str
+    text_ids: np.ndarray
+
+
 @reporting
-def _copy_spooled(batch: dict[str, np.ndarray], work_ref: ObjectRef, spool: str) -> Spooled | None:
+def _find_spooled(batch: dict[str, np.ndarray], known_ref: ObjectRef, spool: str) -> _Found | None:
     import ray
 
-    work: Work = ray.get(work_ref)
+    work, *_ = ray.get(known_ref)
+    file = str(batch["file"][0])
     try:
-        rows = read_spool(str(batch["file"][0]))
+        hashes = read_spool(file, ["text_hash"])["text_hash"].combine_chunks()
     except UNREADABLE:
         return None  # Its texts are simply encoded here.
-    text_ids = pc.index_in(rows["text_hash"].combine_chunks(), value_set=work.hashes_D)
-    wanted = pc.is_valid(text_ids)
-    rows = rows.filter(wanted)
-    if not len(rows):
+    text_ids = pc.index_in(hashes, value_set=work.hashes_D).drop_null()
+    return _Found(file, text_ids.to_numpy().astype(np.int64)) if len(text_ids) else None
+
+
+@reporting
+def _copy_spooled(batch: dict[str, np.ndarray], known_ref: ObjectRef, spool: str) -> Spooled | None:
+    import ray
+
+    work, source_of_D, sources = ray.get(known_ref)
+    file = str(batch["file"][0])
+    if file not in sources:
         return None
-    ids = text_ids.filter(wanted).to_numpy().astype(np.int64)
+    try:
+        rows = read_spool(file)
+    except UNREADABLE:
+        return None
+    text_ids = pc.fill_null(pc.index_in(rows["text_hash"].combine_chunks(), value_set=work.hashes_D), -1).to_numpy()
+    at = np.flatnonzero((text_ids >= 0) & (source_of_D[text_ids] == sources[file]))
+    if not len(at):
+        return None
+    rows, ids = rows.take(pa.array(at)), text_ids[at].astype(np.int64)
     truncated, unknown = (ids[rows[name].to_numpy()] for name in ("truncated", "unknown"))
     return Spooled(write_spool(spool, rows), ids, truncated, unknown)
 

@@ -258,17 +258,20 @@ def _write(
     written = NO_FACTS
     work = None
     report.spooled.clear()
-    if len(plan.written):
-        work = plan_work(scan.index, plan.written)
-        work = resume_from(leftovers, work, own_spool, report)
-        work = encode_texts(scan.blocks, work, encoder_settings, dim, _pool(settings), own_spool, report)
-    prefix = increment.write_prefix if increment else ""
-    stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=prefix + run_id)
-    if work is not None:
-        written = write_facts_to_parts(scan.blocks, work, kb_uri, dim, stamp)
-    deletes = write_deletes(kb_uri, version, plan.deleted_ids, info.identity, stamp.updated_at, stamp.write_id)
-    metadata = increment.metadata(version, stamp.updated_at) if increment else None
-    new_version = commit_parts(kb_uri, info, [*written.parts, *deletes], stamp.write_id, metadata)
+    with spool.given_up_on_failure(own_spool):
+        if len(plan.written):
+            work = plan_work(scan.index, plan.written)
+            work = resume_from(leftovers, work, own_spool, report)
+            # What was copied is not needed twice: who tries again and again would fill the place.
+            spool.remove_used_up(leftovers, work.encoded_hashes())
+            work = encode_texts(scan.blocks, work, encoder_settings, dim, _pool(settings), own_spool, report)
+        prefix = increment.write_prefix if increment else ""
+        stamp = Stamp(updated_at=next_updated_at(kb_uri), write_id=prefix + run_id)
+        if work is not None:
+            written = write_facts_to_parts(scan.blocks, work, kb_uri, dim, stamp)
+        deletes = write_deletes(kb_uri, version, plan.deleted_ids, info.identity, stamp.updated_at, stamp.write_id)
+        metadata = increment.metadata(version, stamp.updated_at) if increment else None
+        new_version = commit_parts(kb_uri, info, [*written.parts, *deletes], stamp.write_id, metadata)
     spool.remove_spool(own_spool)
     spool.remove_used_up(leftovers, work.hashes_D if work else None)
     return new_version, written

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -87,6 +88,18 @@ def read_vectors(file: str, dim: int) -> np.ndarray:
         return unpack_embeddings(read_spool(file, ["embedding"])["embedding"], dim)
 
 
+_given_up: set[str] = set()
+
+
+@contextmanager
+def given_up_on_failure(uri: str) -> Iterator[None]:
+    """Note that nobody writes to a run's spool any more if the run fails: this process need not wait to be sure."""
+    with ExitStack() as failure:
+        failure.callback(_given_up.add, uri)
+        yield
+        failure.pop_all()
+
+
 @dataclass(frozen=True)
 class Leftover:
     """The spool directory of another run with the same encoder."""
@@ -94,6 +107,10 @@ class Leftover:
     uri: str
     files: tuple[str, ...]
     idle_s: float
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self.idle_s > ABANDONED_S or self.uri in _given_up
 
 
 def find_leftovers(kb_uri: str, encoder: EncoderSpec | None = None) -> list[Leftover]:
@@ -122,7 +139,7 @@ def find_leftovers(kb_uri: str, encoder: EncoderSpec | None = None) -> list[Left
 def remove_used_up(leftovers: Sequence[Leftover], hashes: pa.Array | None) -> None:
     """Remove the abandoned ones of `leftovers` that hold no other text than those of `hashes`, and the old ones."""
     for leftover in leftovers:
-        used_up = hashes is not None and leftover.idle_s > ABANDONED_S and _holds_only(leftover, hashes)
+        used_up = hashes is not None and leftover.is_abandoned and _holds_only(leftover, hashes)
         if used_up or leftover.idle_s > RETENTION_S:
             remove_spool(leftover.uri)
 

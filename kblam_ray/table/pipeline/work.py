@@ -51,6 +51,10 @@ class Work:
         """The numbers of the texts that have no embedding yet, ascending."""
         return np.flatnonzero(self.file_D == UNENCODED)
 
+    def encoded_hashes(self) -> pa.Array:
+        """The hashes of the texts that have an embedding."""
+        return self.hashes_D.filter(pa.array(self.file_D != UNENCODED))
+
     def texts(self, blocks: Sequence[Block], text_ids_B: np.ndarray) -> list[str]:
         """The texts of the given numbers, read from the facts that use them first."""
         owner_B = self.owner_D[text_ids_B]

@@ -231,6 +231,22 @@ def test_a_dead_runs_texts_are_kept_until_a_run_has_used_them_all(tmp_path, monk
     assert not spool.find_leftovers(str(kb))
 
 
+def test_runs_that_die_one_after_another_leave_no_more_than_the_first_of_them(tmp_path, monkeypatch):
+    kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", [row("x", "p", "v"), row("y", "p", "w")])
+
+    def texts_of_spools() -> list[int]:
+        found = spool.find_leftovers(str(kb))
+        return [sum(len(spool.read_spool(file)) for file in leftover.files) for leftover in found]
+
+    for _ in range(3):
+        spool._given_up.clear()  # as if each were a process of its own
+        embed_until_commit(kb, source, monkeypatch)
+    assert texts_of_spools() == [4, 4, 4]
+    # What this process knows to have failed is not kept beside its copy.
+    embed_until_commit(kb, source, monkeypatch)
+    assert texts_of_spools() == [4, 4, 4]
+
+
 def test_what_two_dead_runs_noticed_of_one_text_counts_once(tmp_path):
     kb, source = tmp_path / "kb", write(tmp_path / "a.jsonl", [row("x", "p", "v")])
     spec = load_encoder("hashing:64").spec
