@@ -102,9 +102,13 @@ class EventQueue:
             StorageError: the queue does not answer or refuses.
         """
         begun_ms = time.time() * 1_000
-        while any(sent_ms <= begun_ms for sent_ms in self._receive(wait_s=0)):
-            pass
-        return self.take()
+        # Of a long queue the first messages come again before the last have come: the new ones count.
+        seen: set[str] = set()
+        while True:
+            sent_ms = self._receive(wait_s=0)
+            if not any(at_ms <= begun_ms for id_, at_ms in sent_ms.items() if id_ not in seen):
+                return self.take()
+            seen.update(sent_ms)
 
     def done(self, messages: Iterable[Message]) -> None:
         """Delete messages whose objects are all taken up.
@@ -154,8 +158,8 @@ class EventQueue:
                 self._stopping.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
-    def _receive(self, wait_s: int) -> list[float]:
-        """Take in the next messages; returns when they were sent, milliseconds since 1970, 0 where that is not said."""
+    def _receive(self, wait_s: int) -> dict[str, float]:
+        """Take in the next messages; by id when they were sent, milliseconds since 1970, 0 where that is not said."""
         with s3.client_errors(self.url):
             answer = self._client().receive_message(
                 QueueUrl=self.url,
@@ -190,7 +194,7 @@ class EventQueue:
                 self._held[message_id] = message
             self._received.put(message)
         self.done(of_others)
-        return [float(item.get("Attributes", {}).get("SentTimestamp", 0)) for item in received]
+        return {item["MessageId"]: float(item.get("Attributes", {}).get("SentTimestamp", 0)) for item in received}
 
     def _extend(self) -> None:
         with self._lock:

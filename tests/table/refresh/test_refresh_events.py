@@ -14,7 +14,7 @@ import pytest
 from refresh_samples import Job, contents, holds, lines, once, settings, wait_until, watcher
 
 from kblam_ray.errors import BadRowError, StorageError
-from kblam_ray.table.refresh import s3
+from kblam_ray.table.refresh import s3, sqs
 from kblam_ray.table.refresh.events import ObjectEvent, UnreadableMessageError, events_in
 from kblam_ray.table.refresh.run import Refresher
 from kblam_ray.table.refresh.sources import Pattern, Sources
@@ -259,7 +259,7 @@ def test_what_is_sent_all_the_time_is_not_all_waited_for(bucket, tmp_path, monke
         bucket.put(f"in/{number}.jsonl", ("a", "p", "1"))
     real, calls = refresher._events._receive, []
 
-    def receive(wait_s: int) -> list[float]:
+    def receive(wait_s: int) -> dict[str, float]:
         calls.append(wait_s)
         assert len(calls) < 20, "it never ends"
         bucket.put(f"in/later {len(calls)}.jsonl", ("b", "p", "1"))
@@ -268,6 +268,25 @@ def test_what_is_sent_all_the_time_is_not_all_waited_for(bucket, tmp_path, monke
     monkeypatch.setattr(refresher._events, "_receive", receive)
     found = {event.uri for message in refresher._events.receive_all() for event in message.events}
     assert {f"s3://{bucket.name}/in/{number}.jsonl" for number in range(12)} <= found
+
+
+def test_what_comes_again_before_the_queue_is_through_is_not_waited_for(bucket, tmp_path, monkeypatch):
+    """As from a queue so long that the time in which its first messages are out of sight is over before the end."""
+    monkeypatch.setattr(sqs, "MIN_VISIBILITY_S", 0)
+    refresher = watcher(tmp_path / "kb", f"s3://{bucket.name}/in/", sqs_queue_url=bucket.queue)
+    for number in range(3):
+        bucket.put(f"in/{number}.jsonl", ("a", "p", "1"))
+    bucket.send("no event")
+    real, calls = refresher._events._receive, []
+
+    def receive(wait_s: int) -> dict[str, float]:
+        calls.append(wait_s)
+        assert len(calls) < 20, "it never ends"
+        return real(wait_s)
+
+    monkeypatch.setattr(refresher._events, "_receive", receive)
+    found = {event.uri for message in refresher._events.receive_all() for event in message.events}
+    assert found == {f"s3://{bucket.name}/in/{number}.jsonl" for number in range(3)}
 
 
 def test_an_object_that_is_forbidden_holds_up_no_other_event(bucket, tmp_path, monkeypatch, capfd):
