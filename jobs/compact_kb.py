@@ -17,7 +17,7 @@ from kblam_ray.job import JobConfig, main
 from kblam_ray.table.compact import RETENTION_H, TARGET_FILE_BYTES
 from kblam_ray.table.log import TableLog
 from kblam_ray.table.pipeline.spool import remove_old_spools
-from kblam_ray.table.vacuum import MIN_RETENTION_H
+from kblam_ray.table.vacuum import MAX_RETENTION_H, MIN_RETENTION_H
 
 
 class CompactSettings(JobConfig):
@@ -26,7 +26,9 @@ class CompactSettings(JobConfig):
     kb: str = Field(description="the table: a local path or s3://bucket/prefix")
     target_file_mb: float = Field(TARGET_FILE_BYTES / 2**20, gt=0, description="size of a compacted file")
     vacuum: bool = Field(False, description="also remove files that no version within the retention needs")
-    retention_h: int = Field(RETENTION_H, ge=0, description="hours that delete rows stay, and versions under --vacuum")
+    retention_h: int = Field(
+        RETENTION_H, ge=0, le=MAX_RETENTION_H, description="hours that delete rows stay, and versions under --vacuum"
+    )
     allow_short_retention: bool = Field(
         False, description="accept a retention below the default: only where nothing else writes meanwhile"
     )

@@ -9,6 +9,9 @@ from kblam_ray.table.opening import delta_errors
 
 MIN_RETENTION_H = 1
 
+MAX_RETENTION_H = 1_000_000
+"""A century; far beyond it deltalake ends the process."""
+
 
 def vacuum(uri: str, retention_h: int = RETENTION_H, *, allow_short: bool = False) -> list[str]:
     """Delete the data files that were replaced more than `retention_h` hours ago.

@@ -12,7 +12,7 @@ from kblam_ray.job import JobConfig
 from kblam_ray.table.compact import RETENTION_H
 from kblam_ray.table.pipeline.run import DEFAULT_ENCODER
 from kblam_ray.table.plan import WriteMode
-from kblam_ray.table.vacuum import MIN_RETENTION_H
+from kblam_ray.table.vacuum import MAX_RETENTION_H, MIN_RETENTION_H
 
 MAX_S = 86_400
 """The longest time that can be set, a day: timers and threads take no endless one."""
@@ -68,7 +68,9 @@ class RefreshSettings(JobConfig, EncoderOptions):
         0.5, gt=0, le=1, description="compact when so large a share of the table's rows is superseded or deleted"
     )
     vacuum_every_h: float = Field(24.0, ge=0, allow_inf_nan=False, description="hours between vacuums; 0: never")
-    retention_h: int = Field(RETENTION_H, ge=MIN_RETENTION_H, description="hours that old versions stay readable")
+    retention_h: int = Field(
+        RETENTION_H, ge=MIN_RETENTION_H, le=MAX_RETENTION_H, description="hours that old versions stay readable"
+    )
     max_refreshes: int | None = Field(None, ge=1, description="end after so many commits")
     metrics_port: int | None = Field(None, ge=0, le=65_535, description="serve Prometheus metrics on this port")
     metrics_host: str = Field("127.0.0.1", description="address that the metrics are served on")

@@ -25,6 +25,12 @@ def test_other_numbers_have_an_end(name):
             settings("kb", "in", **{name: value})
 
 
+def test_a_retention_has_an_end():
+    for value in (0, 1_000_001, 10**15):
+        with pytest.raises(ValidationError, match="retention_h"):
+            settings("kb", "in", retention_h=value)
+
+
 @pytest.mark.parametrize(
     ("kb", "given"),
     [
