@@ -234,6 +234,24 @@ def test_a_name_removed_while_requests_wait(uri):
     run(test)
 
 
+def test_a_name_removed_while_the_table_is_looked_at_for_a_version(uri):
+    change(make(uri), "1")
+
+    async def test():
+        async with Follower() as it:
+            it.follow(kb=uri)
+            await it.memory()
+            with blocked(it, "look") as block:
+                by_number = asyncio.create_task(it.memory(version=0))
+                await it.until(lambda: block.num_held == 2)  # the other look is the follower's
+                it.follow()
+                block.set()
+                with pytest.raises(UnavailableError, match="served no more"):
+                    await by_number
+
+    run(test)
+
+
 def test_closing_while_loads_run(uri, tmp_path, monkeypatch):
     make(uri)
     make(str(tmp_path / "other"))

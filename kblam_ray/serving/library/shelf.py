@@ -42,6 +42,7 @@ class Shelf:
         self._looking = threading.Lock()
         self._history = 0
         self._being_made: dict[tuple[int, int], asyncio.Task[Kept]] = {}
+        self._is_closed = False
 
     def ask(self, now: float) -> None:
         """A request asks for it: it is loaded before others and unloaded after them."""
@@ -76,6 +77,8 @@ class Shelf:
         kept = self.kept.get(version)
         if kept is not None and kept.history == seen.history:
             return kept
+        if self._is_closed:  # while whoever asks looked at the table
+            raise self._gone()
         key = (seen.history, version)
         making = self._being_made.get(key)
         if making is None:
@@ -87,12 +90,16 @@ class Shelf:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise UnavailableError("it is served no more", where=self.uri, help="ask for what is served") from None
+            raise self._gone() from None
 
     def close(self) -> None:
-        """Stop what is being made."""
+        """Stop what is being made, and make nothing more."""
+        self._is_closed = True
         for making in self._being_made.values():
             making.cancel()
+
+    def _gone(self) -> UnavailableError:
+        return UnavailableError("it is served no more", where=self.uri, help="ask for what is served")
 
     def _made(self, key: tuple[int, int], made: asyncio.Task[Kept]) -> None:
         del self._being_made[key]
