@@ -80,6 +80,7 @@ class Follower:
         return self.library.reports()[name]
 
     async def memory(self, name: str = "kb", version: int | None = None, **options):
+        options = {"wait_s": PATIENCE_S, **options}
         return await asyncio.wait_for(self.library.memory(KbRef(name, version), **options), PATIENCE_S)
 
     async def until(self, is_so: Callable[[], bool]) -> None:

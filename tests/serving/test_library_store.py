@@ -52,7 +52,6 @@ def test_the_store_is_down_and_comes_back(s3_uri, s3_endpoint, monkeypatch):
 def test_a_store_that_does_not_answer_is_said_to_be_unreachable(tmp_path, monkeypatch):
     """The question stands meanwhile, and its answer ends it."""
     kb = make(str(tmp_path / "kb"))
-    monkeypatch.setattr(keeper, "SLOW_LOOK_S", 0.05)
 
     async def test():
         answers = asyncio.Event()
@@ -67,6 +66,7 @@ def test_a_store_that_does_not_answer_is_said_to_be_unreachable(tmp_path, monkey
                 return await look()
 
             monkeypatch.setattr(shelf, "look", slow_look)
+            monkeypatch.setattr(keeper, "SLOW_LOOK_S", 0.05)  # not before: a first look may take longer
             await it.until_status("unreachable")
             assert "has not answered" in it.report().error
             it.follow(kb=KbSpec(kb.uri, at_least=change(kb, "1")))

@@ -91,6 +91,7 @@ def test_a_pin_at_a_version_that_is_not_there(uri):
             it.follow(kb=uri, good=KbSpec(uri, version=0))
             await it.until_status("ready", "good")
             assert (await it.memory("good")).version == 0
+            await it.until_status("ready")  # until then a question is told of the failure before
             assert (await it.memory()).version == 1
             # Vacuumed: the files of version 1 are gone, what was read of them is not.
             change(kb, "2")
