@@ -6,21 +6,41 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from engine_samples import question, running, streamed, until, with_engine
 from serving_samples import ANSWER, QUESTION, demo_model, make_kb
+from transformers.generation.continuous_batching.requests import RequestState
 
 from kblam_ray.attention.memory import KnowledgeMemory
 from kblam_ray.errors import GenerationError, UnavailableError
+from kblam_ray.model.generation import stop_ids
 from kblam_ray.serving.engine import Engine
 from kblam_ray.serving.engine.request import Preparing
+from kblam_ray.serving.engine.sampling import HIDDEN, Sampler
 from kblam_ray.serving.messages import Piece, Started
 
 LONG = {"temperature": 2.0, "max_tokens": 1_000}
-"""Sampled so hot that it does not end by itself."""
+"""Does not end by itself, see `goes_on`."""
+
+
+@pytest.fixture(autouse=True)
+def goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However hot it is sampled, one answer in eight would end within ten tokens."""
+    sample, ends = Sampler.__call__, stop_ids(demo_model())
+
+    def without_end(self: Sampler, logits_RV: torch.Tensor, requests: Sequence[RequestState]) -> torch.Tensor:
+        found = [self._choices.get(request.request_id) for request in requests]
+        rows = [row for row, choice in enumerate(found) if choice is not None and choice.temperature == 2.0]
+        logits_RV = logits_RV.clone()
+        for end in ends:
+            logits_RV[rows, end] = HIDDEN
+        return sample(self, logits_RV, requests)
+
+    monkeypatch.setattr(Sampler, "__call__", without_end)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +54,16 @@ def batching(engine: Engine) -> Any:
 
 def scheduler(engine: Engine) -> Any:
     return batching(engine).manager.batch_processor.scheduler
+
+
+async def until_gone(what: weakref.ref[Any]) -> None:
+    """A thread that has given its result lets go of what it was given a moment later."""
+
+    def is_gone() -> bool:
+        gc.collect()
+        return what() is None
+
+    await until(is_gone)
 
 
 async def is_free(engine: Engine, memory: KnowledgeMemory) -> None:
@@ -120,8 +150,7 @@ def test_a_stream_that_is_closed_frees_its_slot_and_its_memory(memory):
         await until(lambda: not scheduler(engine).has_pending_requests())
         await is_free(engine, memory)
         del own, stream
-        gc.collect()
-        assert gone() is None
+        await until_gone(gone)
 
     with_engine(ask)
 
@@ -135,8 +164,7 @@ def test_an_answer_that_is_over_leaves_nothing(memory):
             await engine.complete(question(QUESTION, grounding, max_tokens=3, temperature=1.0), own, "all")
         await until(lambda: not scheduler(engine).has_pending_requests())
         del own
-        gc.collect()
-        assert gone() is None
+        await until_gone(gone)
         assert not {name for name, request in batching(engine)._requests.items() if not request.is_cancelled}
         await is_free(engine, memory)
         text = engine._metrics.text()
