@@ -76,7 +76,7 @@ class Job:
         return self.finished(may_be_new=may_be_new)
 
     def finished(self, *, may_be_new: bool = False) -> dict:
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=240)
         if may_be_new and not out and self.process.returncode == -signal.SIGTERM:
             return {"ok": True, "exit_code": self.process.returncode, "stderr": err}
         assert out.strip(), err

@@ -67,13 +67,23 @@ def test_a_sync_is_made_once_where_a_file_went(tmp_path, at_every_look):
     assert ("b", "p") not in contents(kb)
 
 
+def be_under_way(path: Path, number: int = 0) -> None:
+    """Of a clock that is ahead: however long the next look takes to come, the file has not stood still at it."""
+    ahead = time.time() + 3_600 + number
+    os.utime(path, (ahead, ahead))
+
+
 def test_a_sync_that_files_under_way_kept_from_being_made_is_said(tmp_path, at_every_look, capfd):
     kb, folder = tmp_path / "kb", tmp_path / "in"
     old = put(folder / "a.jsonl", ("a", "p", "1"))
     os.utime(old, (1_000, 1_000))
-    at_every_look(lambda number: (folder / f"new {number}.jsonl").write_text(lines([("b", "p", "1")])))
-    (folder / "new 0.jsonl").write_text(lines([("b", "p", "1")]))
-    os.utime(folder / "new 0.jsonl", (time.time() + 0.2,) * 2)
+
+    def begin(number: int) -> None:
+        (folder / f"new {number}.jsonl").write_text(lines([("b", "p", "1")]))
+        be_under_way(folder / f"new {number}.jsonl")
+
+    at_every_look(begin)
+    begin(0)
     once(kb, folder, mode="sync", settle_s=0.3)
     assert "no facts are taken away in this run" in capfd.readouterr().err
 
@@ -87,19 +97,21 @@ def test_a_finished_file_is_waited_for_however_often_it_is_looked_at(tmp_path, m
 
 @pytest.mark.parametrize("has_producer", [False, True])
 def test_a_file_that_is_never_finished_is_an_error(tmp_path, at_every_look, monkeypatch, has_producer):
-    monkeypatch.setattr(owed, "MAX_IDLE_PASSES", 3)
+    monkeypatch.setattr(owed, "MAX_IDLE_PASSES", 1)
     folder = tmp_path / "in"
     folder.mkdir()
     log = folder / "log.jsonl"
     log.write_text(lines([("a", "p", "1")]))
+    be_under_way(log)
 
     def write(number: int) -> None:
         with Path(log).open("a") as file:
             file.write(lines([(f"b{number}", "p", "1")]))
+        be_under_way(log, number)
         if has_producer:
             later = put(folder / f"later {number}.jsonl", (f"later {number}", "p", "1"))
             os.utime(later, (1_000, 1_000))
 
     at_every_look(write)
     with pytest.raises(StorageError, match="files change all the time"):
-        once(tmp_path / "kb", folder, settle_s=0.2, poll_s=0.05)
+        once(tmp_path / "kb", folder, settle_s=1, poll_s=0.05)

@@ -28,8 +28,8 @@ def test_a_queue_that_fails_is_said_once_and_counted(tmp_path, monkeypatch, capf
 
     def receive(wait_s: int) -> list[float]:
         events._stopping.wait(0.01)
-        if reason:
-            raise StorageError(reason[0], where=url, help="check it")
+        for text in reason:  # looked at once: it is taken away by another thread
+            raise StorageError(text, where=url, help="check it")
         return []
 
     monkeypatch.setattr(events, "_receive", receive)
