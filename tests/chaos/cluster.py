@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from tests.processes import free_port, kill_tree, wait_for_port
+from tests.processes import START_S, free_port, kill_tree, wait_for_port
 from tests.serving.serve_samples import Gate
 
 ROOT = Path(__file__).parents[2]
@@ -199,10 +199,11 @@ class Cluster:
                             found.append((child, title.removeprefix("ray::")))
         return sorted(found, key=lambda one: one[0].pid)
 
-    def kill_worker(self, generator: random.Random, wanted: str, timeout_s: float) -> str:
-        """SIGKILL one of the workers whose title holds `wanted`, waiting for one to be there."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
+    def kill_worker(self, generator: random.Random, wanted: str, over: threading.Event) -> str:
+        """SIGKILL one of the workers whose title holds `wanted`, waiting for one to be there until all is over."""
+        # The next job may take long to start its workers.
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and not over.is_set():
             if found := [one for one in self.workers() if wanted in one[1]]:
                 process, title = generator.choice(found)
                 with suppress(psutil.NoSuchProcess):

@@ -112,7 +112,7 @@ class Killers:
         match fault.target:
             case "worker":
                 generator = random.Random(fault.number)
-                return self.cluster.kill_worker(generator, self.victim.worker_title, 10)
+                return self.cluster.kill_worker(generator, self.victim.worker_title, self.victim.over)
             case "node":
                 return self.cluster.kill_node(fault.number)
             case "driver":

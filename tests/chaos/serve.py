@@ -196,7 +196,7 @@ class Serve(Workload):
     def kill_part(self, target: str, number: int) -> str:
         generator = random.Random(number)
         part = "Answerer" if target == "replica" else generator.choice(PARTS)
-        return self.cluster.kill_worker(generator, part, 10)
+        return self.cluster.kill_worker(generator, part, self.over)
 
     def finish(self) -> dict[str, Any]:
         found = super().finish()
