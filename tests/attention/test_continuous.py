@@ -25,6 +25,9 @@ from kblam_ray.attention.batch import Segment
 from kblam_ray.errors import AdapterMismatchError, GenerationError, InputError, UnsupportedModelError
 
 NEW_TOKENS = 5
+PATIENCE_S = 60
+"""Longest wait for an output; reached only where something is wrong."""
+
 LLAMA = FAMILIES[0]
 PROMPTS = torch.randint(2, VOCABULARY, (5, 9), generator=torch.Generator().manual_seed(8)).tolist()
 
@@ -174,7 +177,7 @@ def test_requests_join_and_leave_while_others_run(attachment: Attachment):
         ids = [engine.add_request(PROMPTS[0], memories[0], max_new_tokens=lengths[0], streaming=True)]
         answers: dict[str, list[int]] = {}
         while len(answers) < 3:
-            output = engine.get_result(timeout=10)
+            output = engine.get_result(timeout=PATIENCE_S)
             assert output is not None
             if len(ids) < 3:
                 # The long one has begun to answer.
@@ -299,7 +302,7 @@ def test_a_cancelled_request_says_nothing_more_and_frees_its_memory(paper: Attac
     expected = alone(paper, PROMPTS[1], kept)
     with engine_of(paper) as engine:
         engine.add_request(PROMPTS[0], memory, request_id="long", max_new_tokens=300, streaming=True)
-        assert engine.get_result(timeout=10).request_id == "long"
+        assert engine.get_result(timeout=PATIENCE_S).request_id == "long"
         engine.cancel("long")
         engine.cancel("never there")
         answers = collect(engine, [engine.add_request(PROMPTS[1], kept)])
@@ -364,7 +367,7 @@ def test_answers_of_a_cancelled_prompt_stop_together(paper: Attachment):
     with engine_of(paper, do_sample=True, num_return_sequences=3) as engine:
         engine.add_request(PROMPTS[0], memory, request_id="a", max_new_tokens=200, streaming=True)
         while len(engine.batches[-1]) < 3 if engine.batches else True:
-            assert engine.get_result(timeout=10) is not None
+            assert engine.get_result(timeout=PATIENCE_S) is not None
         engine.cancel("a")
         engine.generate([PROMPTS[1]], [None])
         engine.batches.clear()
@@ -463,9 +466,9 @@ def test_outputs_come_to_the_event_loop_and_let_the_memory_go(paper: Attachment)
     async def ask(engine: Watched, knowledge: KnowledgeMemory, *, streaming: bool) -> list[GenerationOutput]:
         outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         engine.add_request(PROMPTS[0], knowledge, on_output=outputs.put_nowait, streaming=streaming)
-        found = [await asyncio.wait_for(outputs.get(), 20)]
+        found = [await asyncio.wait_for(outputs.get(), PATIENCE_S)]
         while not found[-1].is_finished():
-            found.append(await asyncio.wait_for(outputs.get(), 20))
+            found.append(await asyncio.wait_for(outputs.get(), PATIENCE_S))
         return found
 
     with engine_of(paper) as engine:
@@ -504,7 +507,7 @@ def test_what_a_cancelled_request_says_late_is_not_kept(paper: Attachment):
         options: dict[str, Any] = {"max_new_tokens": 300, "streaming": True}
         engine.add_request(PROMPTS[0], None, request_id="heard", on_output=outputs.put_nowait, **options)
         engine.add_request(PROMPTS[0], None, request_id="fetched", **options)
-        await asyncio.wait_for(outputs.get(), 20)
+        await asyncio.wait_for(outputs.get(), PATIENCE_S)
         for name in ("heard", "fetched"):
             engine.cancel(name)
             # What the step at work still says of it.
@@ -548,7 +551,7 @@ def test_an_engine_that_is_aborted_fails_what_it_was_asked(paper: Attachment):
         assert engine.is_running
         assert engine.capacity == 4 * 96
         engine.add_request(PROMPTS[0], request_id="a", max_new_tokens=300, streaming=True)
-        assert engine.get_result(timeout=20) is not None
+        assert engine.get_result(timeout=PATIENCE_S) is not None
         engine.abort()
         engine.join()
         assert not engine.is_running
@@ -563,7 +566,7 @@ def collect(engine: KnowledgeBatching, ids: Sequence[str]) -> dict[str, list[int
     """The finished answers of these requests."""
     answers: dict[str, list[int]] = {}
     while set(answers) != set(ids):
-        output = engine.get_result(timeout=20)
+        output = engine.get_result(timeout=PATIENCE_S)
         assert output is not None, "no answer came"
         assert output.error is None, output.error
         if output.is_finished() and output.request_id in ids:

@@ -291,7 +291,7 @@ def opened(browser, report: Report, tmp_path):
     def opened(width: int = 1280, **settings: Any) -> Any:
         contexts.append(browser.new_context(viewport={"width": width, "height": 800}, **settings))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))

@@ -233,7 +233,7 @@ def test_the_clients_own_timeout_frees_the_server():
     backend.gate.clear()
     with (
         serving(app_over(backend)) as address,
-        OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=0.3) as client,
+        OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=1) as client,
     ):
         with pytest.raises(openai.APITimeoutError):
             ask(client, model="tiny:capitals")

@@ -269,7 +269,7 @@ def test_a_body_of_just_the_limit_is_read():
 
 def test_a_request_takes_no_longer_than_it_may(backend):
     backend.gate.clear()
-    with client_of(make_app(backend, request_timeout_s=0.05)) as client:
+    with client_of(make_app(backend, request_timeout_s=0.5)) as client:
         response = client.ask()
     assert response.status_code == 503
     assert error_of(response).code == "unavailable"

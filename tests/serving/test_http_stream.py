@@ -190,7 +190,7 @@ def test_a_defect_after_the_start_cuts_the_connection(backend, caplog):
 def test_time_runs_out_in_the_middle(backend):
     async def run():
         backend.gate.clear()
-        exchange = await ask(make_app(backend, request_timeout_s=0.05))
+        exchange = await ask(make_app(backend, request_timeout_s=0.5))
         await exchange.task
         return exchange
 

@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with the package playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium: install Debian's package chromium, or say where it is in CHROMIUM_PATH")
-    sync_api.expect.set_options(timeout=15_000)
+    sync_api.expect.set_options(timeout=60_000)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -67,7 +67,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
         viewport = {"width": width, "height": height}
         contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("console", on_console)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
