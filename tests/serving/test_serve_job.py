@@ -154,7 +154,8 @@ def test_more_requests_than_may_wait_are_turned_away(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_place(server, stream):
-    body = json.dumps(question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=200, n=8, stream=stream))
+    # Metrics are a lease's third old: the answer must not be over before it is seen there.
+    body = json.dumps(question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=1_000, n=8, stream=stream))
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
     def num_running() -> float:
@@ -163,8 +164,8 @@ def test_a_client_that_hangs_up_frees_its_place(server, stream):
     eventually(lambda: num_running() == 0, "replicas with nothing to do")
     with socket.create_connection(server.address.removeprefix("http://").split(":")) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        eventually(num_running, "a request that runs", 20)
-    eventually(lambda: num_running() == 0, "replicas with nothing to do", 20)
+        eventually(num_running, "a request that runs")
+    eventually(lambda: num_running() == 0, "replicas with nothing to do")
 
 
 def test_metrics_are_those_of_all_processes(server):
@@ -276,8 +277,8 @@ def test_a_write_that_waits_outlives_the_registry(server, folder):
     assert written[0].status_code == 200, written[0].text
     for _ in range(3 * REPLICAS):
         assert "Eldoret" in text_of(server.ask(QUESTION))
-    assert server.health()["replicas"] == REPLICAS
-    assert server.processes("Registry")[0].pid != registry.pid
+    eventually(lambda: server.health()["replicas"] == REPLICAS, "all replicas")
+    eventually(lambda: [one.pid for one in server.processes("Registry") if one.pid != registry.pid], "another registry")
 
 
 def test_a_write_outlives_the_writer(server):
@@ -302,12 +303,17 @@ def test_a_write_outlives_the_writer(server):
 
 def test_stopping_finishes_what_runs_and_tells_what_was_served(server, folder):
     """The last test of this server."""
-    slow = question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=200, n=4)
-    running: list[httpx.Response] = []
+    slow = question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=300, n=8, stream=True)
+    said: list[str] = []
+
+    def ask() -> None:
+        with http.stream("POST", "/v1/chat/completions", json=slow) as answer:
+            said.extend(filter(None, answer.iter_lines()))
+
     with httpx.Client(base_url=server.address, timeout=120) as http:
-        asking = threading.Thread(target=lambda: running.append(http.post("/v1/chat/completions", json=slow)))
+        asking = threading.Thread(target=ask)
         asking.start()
-        eventually(lambda: sum(server.samples("kblam_running_requests", "answerer").values()), "a request that runs")
+        eventually(lambda: said, "an answer that has begun")
         server.process.send_signal(signal.SIGTERM)
         turned_away = eventually(
             lambda: (answer := server.http.get("/v1/models")).status_code == 503 and answer, "a closed door"
@@ -315,7 +321,7 @@ def test_stopping_finishes_what_runs_and_tells_what_was_served(server, folder):
         assert turned_away.headers["Retry-After"] == "1"
         assert turned_away.json()["error"]["code"] == "unavailable"
         asking.join(120)
-    assert running[0].status_code == 200
+    assert said[-1] == "data: [DONE]"
     summary = server.stop()
     assert summary["returncode"] == 0
     assert summary["ok"]
