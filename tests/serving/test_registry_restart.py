@@ -97,7 +97,7 @@ async def test_a_state_that_cannot_be_read_stops_the_start(tmp_path, content):
     assert path.read_bytes() == content
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @in_own_time
 async def test_a_store_that_does_not_answer_stops_the_start(s3_uri, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -105,7 +105,7 @@ async def test_a_store_that_does_not_answer_stops_the_start(s3_uri, monkeypatch)
         await started({"a": A}, StateStore(f"{s3_uri}/state.json"))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @in_own_time
 async def test_a_store_that_goes_down_later_changes_nothing(s3_uri, monkeypatch):
     store = StateStore(f"{s3_uri}/state.json")

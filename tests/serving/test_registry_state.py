@@ -218,7 +218,7 @@ def test_no_bucket(s3_uri):
         StateStore("s3://no-such-bucket-anywhere/state.json").write(STATE)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_store_that_does_not_answer(s3_uri, monkeypatch):
     uri = f"{s3_uri}/state.json"
     StateStore(uri).write(STATE)

@@ -29,7 +29,9 @@ def append(uri: str, writer: int, num_commits: int, start, versions) -> None:
 
 def compact_repeatedly(uri: str, start, stop) -> None:
     start.wait()
-    while not stop.is_set():
+    is_last = False
+    while not is_last:
+        is_last = stop.is_set()  # so that there is one, however slow it is beside the writers
         log = TableLog.open_if_exists(uri)
         if log is not None and len(log.files) > 3:
             KnowledgeBase.open(uri).compact()

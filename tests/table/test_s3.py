@@ -97,7 +97,7 @@ def endpoint_down(monkeypatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_an_endpoint_that_is_down(uri, endpoint_down):
     with pytest.raises(StorageError, match=r"cannot read or write.*AWS_ENDPOINT_URL"):
         KnowledgeBase.open(uri)
