@@ -211,7 +211,7 @@ def test_a_damaged_commit_is_an_error_and_passes(uri):
     assert (follower.look().version, follower.history) == (2, 0)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_store_that_is_down_is_an_error_and_passes(s3_uri):
     kb = make(f"{s3_uri}/kb")
     follower = TableFollower(kb.uri)

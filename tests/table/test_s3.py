@@ -105,7 +105,7 @@ def test_an_endpoint_that_is_down(uri, endpoint_down):
         KnowledgeBase.create(uri, FakeEncoder())
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_an_endpoint_that_goes_down_before_the_commit_leaves_the_table(uri):
     kb = KnowledgeBase.create(uri, FakeEncoder())
     kb.upsert([("a", "b", "1")])
