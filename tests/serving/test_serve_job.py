@@ -44,6 +44,7 @@ def server(folder: Path) -> Iterator[Server]:
         *("--state-uri", str(folder / "state.json")),
         *("--replicas-min-replicas", str(REPLICAS)),
         *("--limits-max-ongoing-requests", str(ONGOING), "--limits-max-queued-requests", str(QUEUED)),
+        *("--limits-drain-timeout-s", "120"),  # a slow machine is to finish what runs, too
     ]
     with running_server(*flags, num_replicas=REPLICAS) as server:
         yield server
@@ -303,7 +304,7 @@ def test_a_write_outlives_the_writer(server):
 
 def test_stopping_finishes_what_runs_and_tells_what_was_served(server, folder):
     """The last test of this server."""
-    slow = question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=300, n=8, stream=True)
+    slow = question_body(QUESTION, grounding="off", temperature=2.0, max_tokens=150, n=4, stream=True)
     said: list[str] = []
 
     def ask() -> None:
