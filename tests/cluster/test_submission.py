@@ -30,6 +30,13 @@ DATA_AND_ENVIRONMENTS = [
     *(".venv/lib/python3.11/site.py", "venv/bin/python", "env311/bin/python", "conda/bin/python", ".git/config"),
     *(".pytest_cache/x", "build/lib/x.py", "dist/kblam_ray.whl", "kblam_ray.egg-info/PKG-INFO", ".env", "core.1234"),
     *("kblam_ray/__pycache__/job.cpython-311.pyc", "jobs/left.parquet", "notebooks/a.ipynb", "wandb/run/x.log"),
+    # Beside the code, as jobs leave it that run there.
+    *("jobs/kb/_delta_log/0.json", "jobs/facts.jsonl", "jobs/facts.json", "jobs/adapter/adapter_model.safetensors"),
+    *("jobs/checkpoints/step-1/state.json", "jobs/env/bin/python", "jobs/env/lib/x.py", "jobs/.env", "jobs/core.1234"),
+    *("jobs/.aws/credentials", "jobs/mlruns/0/meta.yaml", "cluster/facts.jsonl", "cluster/env/bin/python"),
+    *("cluster/train/out/state.json", "cluster/train/model.safetensors", "cluster/key.pem", "cluster/.env"),
+    *("kblam_ray/data/facts.jsonl", "kblam_ray/model/llama/model.safetensors", "kblam_ray/env/bin/python"),
+    *("kblam_ray/env/lib/python3.11/site-packages/x.py", "demo-model/model/model.safetensors", "large.bin"),
 ]
 
 
