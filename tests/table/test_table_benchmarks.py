@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kblam_ray.table.benchmark import LoadBenchmark, benchmark_load
-from kblam_ray.table.pipeline.benchmark import EmbedBenchmark, benchmark_embed
+from kblam_ray.table.pipeline.benchmark import EmbedBenchmark, _command, benchmark_embed
 
 
 def test_load_compares_three_ways_and_leaves_nothing_behind(tmp_path):
@@ -14,6 +14,15 @@ def test_load_compares_three_ways_and_leaves_nothing_behind(tmp_path):
     assert found["ms"].keys() == {"table", "parquet_float32_lists", "npy_float32"}
     assert found["ratio"].keys() == {"parquet_float32_lists", "npy_float32"}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("job", ["embed_kb", "compact_kb"])
+def test_embed_needs_no_script_beside_the_package(job):
+    """Installed from the wheel there is none."""
+    _, _, program, *arguments = _command(job, ["--kb", "kb"])
+    compile(program, job, "exec")
+    assert "jobs" not in program
+    assert arguments == ["--kb", "kb"]
 
 
 @pytest.mark.slow

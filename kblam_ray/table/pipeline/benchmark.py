@@ -22,8 +22,23 @@ from kblam_ray.facts import write_facts
 from kblam_ray.facts.synthetic.generator import SyntheticFacts
 from kblam_ray.job import JobConfig
 
-JOBS = Path(__file__).parents[3] / "jobs"
 SAMPLE_S = 1.0
+
+_PROGRAMS = {
+    "embed_kb": """
+from kblam_ray.job import main
+from kblam_ray.table.pipeline.run import EmbedSettings, embed
+main("embed_kb", EmbedSettings, embed)
+""",
+    "compact_kb": """
+from kblam_ray import KnowledgeBase
+from kblam_ray.job import JobConfig, main
+class CompactSettings(JobConfig):
+    kb: str
+main("compact_kb", CompactSettings, lambda settings: {"version": KnowledgeBase.open(settings.kb).compact()})
+""",
+}
+"""What the scripts in `jobs/` do, which an installed package does not have."""
 
 
 class EmbedBenchmark(JobConfig):
@@ -78,14 +93,14 @@ def _watch(job: str, arguments: list[str]) -> tuple[dict[str, Any], dict[str, in
     """Run a job; its summary, and the peak private memory by kind of process, in MB, largest first."""
     import psutil
 
-    command = [sys.executable, str(JOBS / f"{job}.py"), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(_command(job, arguments), stdout=subprocess.PIPE, text=True) as process:
         root = psutil.Process(process.pid)
         peaks: dict[str, float] = {}
         while process.poll() is None:
             for one in [root, *root.children(recursive=True)]:
                 try:
-                    name, size_mb = _kind(one.cmdline(), job), _private_bytes(one) / 2**20
+                    name = "driver" if one == root else _kind(one.cmdline())
+                    size_mb = _private_bytes(one) / 2**20
                 except psutil.Error:
                     continue  # it ended between the listing and the look
                 peaks[name] = max(peaks.get(name, 0), size_mb)
@@ -97,11 +112,13 @@ def _watch(job: str, arguments: list[str]) -> tuple[dict[str, Any], dict[str, in
     return summary, {name: round(size) for name, size in sorted(peaks.items(), key=lambda item: -item[1])[:6]}
 
 
-def _kind(command: list[str], job: str) -> str:
-    """`driver`, the name of a Ray worker's task, or of a Ray daemon."""
+def _command(job: str, arguments: list[str]) -> list[str]:
+    return [sys.executable, "-c", _PROGRAMS[job], *arguments]
+
+
+def _kind(command: list[str]) -> str:
+    """The name of a Ray worker's task, or of a Ray daemon."""
     first = " ".join(command)
-    if f"{job}.py" in first:
-        return "driver"
     if first.startswith("ray::"):
         return first.removeprefix("ray::").strip().partition(").")[0]
     return Path(command[0]).name if command else "other"
