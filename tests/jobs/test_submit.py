@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,13 @@ def test_embed_runs_unchanged_under_ray_job_submit(cluster, tmp_path):
     assert (code, summary["ok"], summary["num_facts"]) == (0, True, 300), logs
     assert KnowledgeBase.open(kb).num_facts == 300
 
-    code, summary, _ = submit(cluster, "python", "jobs/embed_kb.py", "--kb", kb, "--input", "nowhere.jsonl")
+    code, summary, logs = submit(cluster, "python", "jobs/embed_kb.py", "--kb", kb, "--input", "nowhere.jsonl")
     assert code == 1
     assert (summary["ok"], summary["error"]["code"]) == (False, "bad_input")
+    said = next(line for line in logs.splitlines() if line.startswith("embed_kb: "))
+    assert "nowhere.jsonl" in said
+    assert "Help:" in said
+    assert "FAILED" in logs or "failed" in logs
 
 
 def submitted(cluster: dict[str, str], job: str, number: int, *flags: str) -> dict[str, Any]:
@@ -92,6 +97,43 @@ def test_progress_and_summary_of_one_job_after_another(cluster: dict[str, str], 
     assert any("questions" in line for line in evaluated["progress"]), evaluated
     reproduced = submitted(cluster, "reproduce", 1, "--output", of("paper"), "--experiment", "refusal")
     assert any("refusal" in line and "done in" in line for line in reproduced["progress"]), reproduced
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_500)
+def test_jobs_that_start_from_nothing_or_start_other_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+    sizes = {"num-facts": 300, "adapter-facts": 40, "vocabulary": 600, "hidden-size": 32, "mlp-size": 48}
+    sizes |= {"num-layers": 3, "num-heads": 2, "num-kv-heads": 2, "wiring-questions": 200, "steps": 4}
+    sizes |= {"questions-per-step": 6, "readings-per-step": 3, "repeats-per-step": 2, "warmup-steps": 2}
+    flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    made = submitted(cluster, "pretrain_demo", 1, "--output", str(tmp_path / "demo"), *flags)
+    assert made["steps"] == 4
+    assert (tmp_path / "demo" / "model" / "config.json").exists()
+    assert any('"step": 4' in line for line in made["progress"]), made
+    small = ["--num-facts", "300", "--workers", "1", "--folder", str(tmp_path)]
+    measured = submitted(cluster, "benchmark", 1, "embed", *small)
+    assert [run["num_facts"] for run in measured["runs"]] == [300]
+    # What the job that it measures says goes into its own log.
+    assert any("texts" in line for line in measured["progress"]), measured
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_that_fails_has_failed_for_ray_too(cluster: dict[str, str], tmp_path: Path) -> None:
+    done = ray_job(
+        cluster,
+        *("submit", "--working-dir", ".", "--submission-id", "fails", "--"),
+        *("python", "jobs/compact_kb.py", "--kb", str(tmp_path / "nowhere")),
+    )
+    assert done.returncode == 1
+    status = ray_job(cluster, "status", "fails")
+    assert re.search(r"Job \S*fails\S* failed", status.stdout), status.stdout
+    *lines, last = [line for line in ray_job(cluster, "logs", "fails").stdout.splitlines() if line.strip()]
+    error = json.loads(last)["error"]
+    # What happened, where, and what helps: once for people, and once in the summary.
+    assert str(tmp_path / "nowhere") in error["message"]
+    assert "Help:" in error["message"]
+    assert f"compact_kb: {error['message']}" in lines
 
 
 @pytest.mark.slow
