@@ -16,12 +16,13 @@ import httpx
 
 from kblam_ray import KnowledgeBase
 from tests.chaos.cluster import ROOT, Cluster
-from tests.chaos.model import generations_in, rows_of
+from tests.chaos.model import PROPERTY, generations_in, rows_of
 from tests.chaos.workload import JOB_S, Program, Workload
 from tests.processes import free_port
 
 NUM_REPLICAS = 2
 PARTS = ["Registry", "Writer", "Gateway"]
+SERVED = "served/4"
 QUESTION = "What is the capital of Kenya?"
 FACTS = [("Kenya", "capital", "Nairobi"), ("France", "capital", "Paris"), ("Peru", "capital", "Lima")]
 
@@ -45,6 +46,8 @@ class Serve(Workload):
         super().__init__(cluster, seed, folder)
         self.http = httpx.Client(timeout=60)
         self.answers: list[str] = []
+        self.cited: dict[int, set[tuple[str, str]]] = {}
+        self._served_everywhere = 0
 
     @property
     def address(self) -> str:
@@ -53,9 +56,9 @@ class Serve(Workload):
     def prepare(self) -> None:
         fixed = f"s3://{self.bucket}/capitals"
         KnowledgeBase.create(fixed, self.encoder).upsert(FACTS)
-        self.model.issue("served/4", 1)
-        version = KnowledgeBase.create(self.kb, self.encoder).upsert(rows_of("served/4", 1))
-        self.model.acknowledge("served/4", 1, version)
+        self.model.issue(SERVED, 1)
+        version = KnowledgeBase.create(self.kb, self.encoder).upsert(rows_of(SERVED, 1))
+        self.model.acknowledge(SERVED, 1, version)
         if Serve._program is None or Serve._program.process.poll() is not None:
             self._start_server()
         # All of it: a replica that dies before the others were ever up ends the deployment, as it should.
@@ -103,12 +106,12 @@ class Serve(Workload):
         self.start_reader()
         beside = [
             threading.Thread(target=self._all_the_time, args=(do,), daemon=True)
-            for do in (self._asked_well, self._seen)
+            for do in (self._asked_well, self._seen, self._cites)
         ]
         for thread in beside:
             thread.start()
         self.progress.set()
-        groups = ["served/4", "served/1", "served/60"]
+        groups = [SERVED, "served/1", "served/60"]
         number = 0
         while number < self.num_writes or (self.blows_are_due() and number < self.max_writes):
             number += 1
@@ -136,7 +139,8 @@ class Serve(Workload):
         else:
             answer = self.http.post(f"{self._facts}?wait=true", json={"facts": rows})
         if answer.status_code == 200:
-            self.model.acknowledge(group, generation, answer.json()["kb_version"])
+            self._served_everywhere = answer.json()["kb_version"]
+            self.model.acknowledge(group, generation, self._served_everywhere)
             return True
         if answer.status_code not in BUSY | {404}:  # 404: the application is being put up again
             self.problems.append(f"a write was answered {answer.status_code}: {answer.text[:200]}")
@@ -154,14 +158,38 @@ class Serve(Workload):
 
     def _seen(self) -> bool:
         """What a replica holds of the table that is written to, all of it and of one version."""
+        at_least = self._served_everywhere
         with httpx.Client(timeout=60) as http:
             answer = http.get(self._facts, params={"limit": 1_000})
         if answer.status_code != 200:
             return False
         page = answer.json()
+        self._is_not_older(page["kb_version"], at_least)
         groups, problems = generations_in([(fact["entity"], fact["property"], fact["value"]) for fact in page["data"]])
         told = [f"a replica in version {page['kb_version']}: {problem}" for problem in problems]
         self.reads.append({"version": page["kb_version"], "groups": groups, "problems": told})
+        return True
+
+    def _is_not_older(self, version: int, at_least: int) -> None:
+        """Once a write is answered, every replica serves it, those too that start later."""
+        if version < at_least:
+            self.problems.append(f"version {version} was served after {at_least} was served everywhere")
+
+    def _cites(self) -> bool:
+        """Which facts an answer from the table that is written to goes by, of the version that it names."""
+        at_least = self._served_everywhere
+        entity = f"{SERVED}#0"
+        body = {
+            "model": f"kblam-demo:written-{self.seed}",
+            "messages": [{"role": "user", "content": f"What is the {PROPERTY} of {entity}?"}],
+        }
+        with httpx.Client(timeout=60) as http:
+            answer = http.post(f"{self.address}/v1/chat/completions", json=body)
+        if answer.status_code != 200:
+            return False
+        said = answer.json()
+        self._is_not_older(said["kb_version"], at_least)
+        self.cited.setdefault(said["kb_version"], set()).update((c["entity"], c["value"]) for c in said["citations"])
         return True
 
     def _asked_well(self) -> bool:
@@ -200,10 +228,15 @@ class Serve(Workload):
 
     def finish(self) -> dict[str, Any]:
         found = super().finish()
+        for version, cited in self.cited.items():
+            _, rows = self.table(version)
+            if strange := cited - {(entity, value) for entity, _, value in rows}:
+                self.problems.append(f"an answer of version {version} cites {strange}")
+        num_cited = sum(map(len, self.cited.values()))
         if self.targets <= {"store", "cut", "pause"} and set(self.answers) != {"200"}:
             self.problems.append(f"the store was away, and questions were answered {set(self.answers)}")
         counts = {status: self.answers.count(status) for status in sorted(set(self.answers))}
-        return {**found, "answers": counts}
+        return {**found, "answers": counts, "cited": num_cited}
 
     def close(self) -> None:
         super().close()
