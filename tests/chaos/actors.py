@@ -1,4 +1,4 @@
-"""Two programs beside the job that is tested: one writes small groups and compacts, one reads versions all the time.
+"""Two programs beside the job that is tested: one writes small groups and tidies, one reads versions all the time.
 
     python -m tests.chaos.actors write KB GROUP FIRST_GENERATION ENCODER SEED
     python -m tests.chaos.actors read KB SEED
@@ -50,9 +50,11 @@ def write(uri: str, group: str, first: int, encoder: str, seed: int, stop: threa
         generation += 1
         if generator.random() < 0.2:
             try:
-                KnowledgeBase.open(uri).compact()
+                kb = KnowledgeBase.open(uri)
+                kb.compact()
+                kb.vacuum()
             except StorageError as error:
-                say(compaction_failed=str(error))
+                say(tidying_failed=str(error))
 
 
 def _open_or_create(uri: str, encoder: Encoder) -> KnowledgeBase:
@@ -74,6 +76,8 @@ def read(uri: str, seed: int, stop: threading.Event) -> None:
         try:
             kb = KnowledgeBase.open(uri)
             assert kb.version is not None
+            if kb.version < max(seen, default=0):
+                say(problems=[f"the newest version was {kb.version} after {max(seen)} had been read"])
             if kb.version in seen and generator.random() < 0.8:
                 passed_over = sorted(set(range(kb.version)) - seen)
                 kb = KnowledgeBase.open(uri, generator.choice(passed_over or sorted(seen)))
@@ -92,15 +96,20 @@ def read(uri: str, seed: int, stop: threading.Event) -> None:
         say(**report)
 
 
-def read_version(kb: KnowledgeBase) -> dict[str, Any]:
-    """What a version shows, and what is wrong with it by itself: its facts, and their embeddings."""
+def read_version(kb: KnowledgeBase, *, is_last: bool = False) -> dict[str, Any]:
+    """What a version shows, and what is wrong with it by itself: its facts, and some of their embeddings.
+
+    Args:
+        is_last: all of the embeddings are looked at.
+    """
     snapshot, encoder = kb.snapshot(), _encoder(kb.encoder.name)
     rows: list[Row] = [(f["entity"], f["property"], f["value"]) for f in snapshot.facts.to_pylist()]
     groups, problems = generations_in(rows)
     if len(np.unique(snapshot.fact_ids_M)) != len(rows):
         problems.append("a fact id appears twice")
     # Some of the embeddings: a fact with those of another one is as wrong as a fact with another value.
-    for at in range(zlib.crc32(str(kb.version).encode()) % 7, len(rows), max(7, len(rows) // 20)):
+    some = range(zlib.crc32(str(kb.version).encode()) % 7, len(rows), max(7, len(rows) // 20))
+    for at in range(len(rows)) if is_last else some:
         entity, name, value = rows[at]
         wanted = np.asarray(encoder.encode([key_text(entity, name), value]), np.float32)
         found = np.stack([snapshot.key_embeddings_MP[at], snapshot.value_embeddings_MP[at]]).astype(np.float32)

@@ -4,14 +4,20 @@ A real store never keeps half of an upload, decides one by one who is first with
 acknowledged when it is back. The server that stands in for it here does none of that by itself. So bodies are read
 whole before a request reaches it, requests wait for each other, and what a change left behind stands in a journal
 before it is answered; the next process begins with that. Multipart uploads that were not finished die with a process.
+
+SIGUSR1 makes it lose the next commit to a table's log: the connection is closed, and whoever asked cannot know whether
+it was done before.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import signal
+import socket
 import sys
 import threading
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +25,9 @@ from typing import Any, BinaryIO
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
+
+UPLOAD_S = 0.3
+"""How long the upload of a table's file goes on after others can see it: its writer can be hit before it commits."""
 
 
 class Journal:
@@ -71,6 +80,11 @@ class Careful:
     def __init__(self, application: Callable[..., Iterable[bytes]], journal: Journal) -> None:
         self._application, self._journal = application, journal
         self._one_at_a_time = threading.Lock()
+        self._is_to_lose_a_commit, self._num_commits = False, 0
+
+    def lose_a_commit(self) -> None:
+        """The next one: it is done and not answered, or it is not done, in turns with the commits before it."""
+        self._is_to_lose_a_commit = True
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         announced = environ.get("CONTENT_LENGTH")
@@ -93,10 +107,26 @@ class Careful:
 
         # Reads wait, too: what is not in the journal yet must not be seen.
         with self._one_at_a_time:
+            is_lost = self._is_lost(environ)
+            if is_lost and self._num_commits % 2 == 0:
+                start_response("500 Internal Server Error", [("Content-Length", "0")])
+                return [b""]
             answer = list(self._application(environ, note))
             if told and told[0].startswith("2"):
                 self._keep(environ, body)
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and "/part-" in environ["PATH_INFO"]:
+            time.sleep(UPLOAD_S)
         return answer
+
+    def _is_lost(self, environ: dict[str, Any]) -> bool:
+        """Whether a request is the commit that is to be lost; its connection is closed then."""
+        if not is_commit(environ):
+            return False
+        self._num_commits += 1
+        is_lost, self._is_to_lose_a_commit = self._is_to_lose_a_commit, False
+        if is_lost:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        return is_lost
 
     def _keep(self, environ: dict[str, Any], body: bytes) -> None:
         # WSGI gives the bytes of a path as Latin-1.
@@ -112,6 +142,12 @@ class Careful:
                 self._journal.add(bucket, [element.text for element in found if element.tag.endswith("Key")])
 
 
+def is_commit(environ: dict[str, Any]) -> bool:
+    """Whether a request makes a version of a table."""
+    path = environ["PATH_INFO"]
+    return environ["REQUEST_METHOD"] == "PUT" and "/_delta_log/" in path and path.endswith(".json")
+
+
 def main(port: int, journal: Path) -> None:
     """Serve on loopback until the process ends."""
     import logging
@@ -122,6 +158,7 @@ def main(port: int, journal: Path) -> None:
     WSGIRequestHandler.protocol_version = "HTTP/1.1"  # one connection, and one thread, for many requests
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     application = Careful(DomainDispatcherApplication(create_backend_app), Journal(journal))
+    signal.signal(signal.SIGUSR1, lambda *_: application.lose_a_commit())
     run_simple("127.0.0.1", port, application, threaded=True)
 
 

@@ -23,9 +23,15 @@ def size_of(group: str) -> int:
     return int(group.rpartition("/")[2])
 
 
+SWAPPED = "swapped-"
+"""How the names of groups begin whose generations are other facts in turns: to write one deletes the one before."""
+
+
 def rows_of(group: str, generation: int) -> list[Row]:
     """The facts of one generation of a group."""
-    return [(f"{group}#{number}", PROPERTY, f"{generation}:{number}") for number in range(size_of(group))]
+    size = size_of(group)
+    first = size * (generation % 2) if group.startswith(SWAPPED) else 0
+    return [(f"{group}#{number}", PROPERTY, f"{generation}:{number}") for number in range(first, first + size)]
 
 
 def generations_in(rows: Iterable[Row]) -> tuple[dict[str, int], list[str]]:

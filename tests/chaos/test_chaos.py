@@ -80,8 +80,26 @@ def test_the_endpoint_is_killed_and_has_what_it_answered_for(tmp_path):
         assert s3.get_object(Bucket="bucket", Key="kept é+%")["Body"].read() == "kept é+%".encode()
         with pytest.raises(ClientError, match="PreconditionFailed"):
             s3.put_object(Bucket="bucket", Key="parts", Body=b"", IfNoneMatch="*")
+        # The way to it was cut: the next commit is done, its answer lost, and who tries again is told of another one.
+        endpoint.cut(0)
+        with pytest.raises(ClientError, match="PreconditionFailed"):
+            s3.put_object(Bucket="bucket", Key="kb/_delta_log/1.json", Body=b"whose?", IfNoneMatch="*")
+        assert s3.get_object(Bucket="bucket", Key="kb/_delta_log/1.json")["Body"].read() == b"whose?"
+        # This one was not done.
+        s3.put_object(Bucket="bucket", Key="kb/_delta_log/2.json", Body=b"", IfNoneMatch="*")
+        endpoint.cut(0)
+        s3.put_object(Bucket="bucket", Key="kb/_delta_log/3.json", Body=b"", IfNoneMatch="*")
     finally:
         endpoint.stop()
+
+
+def test_generations_that_are_swapped_are_other_facts_and_stand_together_only_if_torn():
+    one, two = rows_of("swapped-a/3", 1), rows_of("swapped-a/3", 2)
+    assert not {row[:2] for row in one} & {row[:2] for row in two}
+    assert generations_in(one) == ({"swapped-a/3": 1}, [])
+    assert generations_in(two) == ({"swapped-a/3": 2}, [])
+    assert "torn" in generations_in([*one, *two])[1][0]
+    assert "torn" in generations_in(one[:2])[1][0]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from kblam_ray import KnowledgeBase
 from kblam_ray.storage import delta_storage_options
 from tests.chaos.actors import read_version
 from tests.chaos.cluster import ROOT, Cluster
+from tests.chaos.killers import LONGEST_OUTAGE_S
 from tests.chaos.model import Model, Row
 from tests.processes import kill_tree
 
@@ -111,7 +112,7 @@ class Workload(ABC):
         self.bucket = f"chaos-{self.name}-{seed}-{time.monotonic_ns()}"
         self.s3.create_bucket(Bucket=self.bucket)
         self.kb = f"s3://{self.bucket}/kb"
-        self._writers: list[Program] = []
+        self.writers: list[Program] = []
         self.reads: list[dict[str, Any]] = []
         self._num_programs = 0
         self.reader: Program | None = None
@@ -141,15 +142,22 @@ class Workload(ABC):
         self._note_writes()
         first = self.model.newest(WRITER) + 1
         arguments = ["write", self.kb, WRITER, str(first), self.encoder, str(self.random.randrange(10**6))]
-        self._writers.append(self.start_program("-m", "tests.chaos.actors", *arguments, on_cluster=False))
+        self.writers.append(self.start_program("-m", "tests.chaos.actors", *arguments, on_cluster=False))
 
     def _note_writes(self) -> None:
-        for writer in self._writers:
+        for writer in self.writers:
             for line in writer.lines():
                 if "issued" in line:
                     self.model.issue(line["group"], line["issued"], absent=line["absent"])
                 elif "acknowledged" in line:
                     self.model.acknowledge(line["group"], line["acknowledged"], line["version"])
+                elif "failed" in line:
+                    self.refuse_lost_race(line["error"])
+
+    def refuse_lost_race(self, error: str) -> None:
+        """Writers never conflict: a commit may fail only where the store was taken away."""
+        if "the commit failed" in error and not self.targets & LONGEST_OUTAGE_S.keys():
+            self.problems.append(f"a commit failed though the store was there: {error}")
 
     def kill_driver(self) -> str:
         with self._lock:
@@ -160,9 +168,22 @@ class Workload(ABC):
             self.restarts += 1
             return f"driver {driver.process.pid}" if driver.kill() else ""
 
+    def await_file_to_commit(self, timeout_s: float) -> None:
+        """Wait for a new file in the table: who wrote it and is killed then has not committed it."""
+
+        def files() -> set[str]:
+            found = self.s3.list_objects_v2(Bucket=self.bucket, Prefix="kb/part-")
+            return {entry["Key"] for entry in found.get("Contents", [])}
+
+        deadline = time.monotonic() + timeout_s
+        with suppress(BotoCoreError, ClientError):  # the endpoint is away
+            before = files()
+            while time.monotonic() < deadline and files() <= before:
+                time.sleep(0.02)
+
     def kill_writer(self) -> str:
         with self._lock:
-            if self.over.is_set() or not self._writers or not self._writers[-1].kill():
+            if self.over.is_set() or not self.writers or not self.writers[-1].kill():
                 return ""
             self.start_writer()
             return "writer"
@@ -193,6 +214,7 @@ class Workload(ABC):
                 self.notes.append(f"a job ended with {driver.process.returncode}, {code}: {driver.error()[-300:]}")
                 if code not in EXCUSES:
                     self.problems.append(f"a job ended with {driver.process.returncode}, {code}: {driver.error()}")
+                self.refuse_lost_race(driver.error())
                 self.restarts += 1
         self.problems.append(f"a job did not succeed in {MAX_TRIES} tries: {self.drivers[-1].error()}")
 
@@ -233,7 +255,7 @@ class Workload(ABC):
 
     def finish(self) -> dict[str, Any]:
         """End what runs beside, and compare the table and all that was read of it with the model."""
-        for writer in self._writers:
+        for writer in self.writers:
             if not writer.stop(60):
                 self.problems.append("the writer hangs")
             elif writer.process.returncode > 0:
@@ -243,6 +265,8 @@ class Workload(ABC):
         self.problems += self.model.check_end(rows)
         if sorted(rows) != sorted(rows_by_the_rule(self.kb)):
             self.problems.append("the live facts are others than those that the rule makes of the table's rows")
+        self.problems += read_version(KnowledgeBase.open(self.kb, newest), is_last=True)["problems"]
+        self.problems += self._written_twice()
         reads: list[dict[str, Any]] = []
         if self.reader:
             self._await_reader(newest)
@@ -268,6 +292,17 @@ class Workload(ABC):
             "restarts": self.restarts,
         }
 
+    def _written_twice(self) -> list[str]:
+        """Writes that the log holds in more than one version."""
+        found: dict[str, list[str]] = {}
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix="kb/_delta_log/"):
+            for name in (entry["Key"] for entry in page.get("Contents", []) if entry["Key"].endswith(".json")):
+                text = self.s3.get_object(Bucket=self.bucket, Key=name)["Body"].read().decode()
+                for action in map(json.loads, text.splitlines()):
+                    if "txn" in action:
+                        found.setdefault(action["txn"]["appId"], []).append(name)
+        return [f"write {write} was committed in {names}" for write, names in found.items() if len(names) > 1]
+
     def _await_reader(self, version: int) -> None:
         """Let the reader come to the newest version: the last one, too, is read as others read it."""
         assert self.reader is not None
@@ -281,7 +316,7 @@ class Workload(ABC):
     def close(self) -> None:
         """Nothing of it goes on."""
         self.over.set()
-        for program in [*self.drivers, *self._writers, *([self.reader] if self.reader else [])]:
+        for program in [*self.drivers, *self.writers, *([self.reader] if self.reader else [])]:
             if program.process.poll() is None:
                 kill_tree(program.process)
 

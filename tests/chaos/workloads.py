@@ -10,7 +10,7 @@ from typing import Any
 
 from kblam_ray import KnowledgeBase
 from kblam_ray.errors import StorageError, TableNotFoundError
-from tests.chaos.model import generations_in, rows_of
+from tests.chaos.model import SWAPPED, generations_in, rows_of
 from tests.chaos.workload import ENCODER, JOB_S, Program, Workload
 from tests.model_samples import save_base
 
@@ -77,7 +77,9 @@ class Refresh(Workload):
 
     def prepare(self) -> None:
         self.mode = "sync" if not self.has_writer and self.random.random() < 0.7 else "upsert"
-        self.group_of = {f"in/{n}.jsonl": f"file-{n}/{self.random.choice([4, 12, 30])}" for n in range(self.num_files)}
+        # Where facts that are in no file go, those of one generation can go in the commit in which the next one's come.
+        kind = SWAPPED if self.mode == "sync" else "file-"
+        self.group_of = {f"in/{n}.jsonl": f"{kind}{n}/{self.random.choice([4, 12, 30])}" for n in range(self.num_files)}
         self.group_of["in/large.jsonl"] = "large/400"
         self.wanted: dict[str, int | None] = {}
         for key in list(self.group_of)[:3]:
@@ -93,7 +95,7 @@ class Refresh(Workload):
 
     def _start(self) -> Program:
         flags = ["--kb", self.kb, "--input", f"s3://{self.bucket}/in/", "--encoder", ENCODER, "--settle-s", "0"]
-        flags += ["--poll-s", "1", "--vacuum-every-h", "0", "--compact-files", str(self.random.choice([3, 8]))]
+        flags += ["--poll-s", "1", "--vacuum-every-h", "0.001", "--compact-files", str(self.random.choice([3, 8]))]
         flags += ["--mode", self.mode]
         # More texts than this go to the cluster's workers.
         return self.job("refresh_kb", *flags, "--small-texts", "300", "--num-workers", "2")
@@ -117,6 +119,12 @@ class Refresh(Workload):
             number += 1
             time.sleep(self.random.uniform(0.1, 1.0))
             self._restart()
+        self._until_in_step()
+        if self.seed % 2:
+            self._kill_before_the_last_commit(self.random.choice(small))
+            self._until_in_step()
+
+    def _until_in_step(self) -> None:
         deadline = time.monotonic() + JOB_S
         while not self._is_in_step():
             self._restart()
@@ -124,6 +132,15 @@ class Refresh(Workload):
                 self.problems.append(f"never in step with its files: {self.drivers[-1].error()}")
                 break
             time.sleep(1)
+
+    def _kill_before_the_last_commit(self, key: str) -> None:
+        """Nothing comes after it that would make up for what is lost then."""
+        for writer in self.writers:
+            writer.stop(60)
+        self._edit(key)
+        self.await_file_to_commit(30)
+        with self._lock:
+            self.restarts += sum([driver.kill() for driver in self.drivers])
 
     def _restart(self) -> None:
         with self._lock:
@@ -145,6 +162,7 @@ class Refresh(Workload):
         with self._lock:
             self._restart()
         for driver in self.drivers:
+            self.refuse_lost_race(driver.error())
             if not driver.stop(90):
                 self.problems.append(f"the refresh does not end: {driver.error()}")
             else:
@@ -205,9 +223,13 @@ class Train(Workload):
 
         def look() -> None:
             while not self.over.wait(0.1):
+                names = [folder.name.removeprefix("step-") for folder in output.glob("checkpoints/step-*")]
+                steps = [int(name) for name in names if name.isdecimal()]
                 # From its first checkpoint on a run knows at which version it began; before, each try has its own.
-                if list(output.glob("checkpoints/step-*")):
+                if steps and not self.writers:
                     self.start_writer()
+                # That one is made before there are workers; to go on from it is to begin anew.
+                if any(steps):
                     self.progress.set()
                     return
 
