@@ -59,6 +59,7 @@ class Report:
         refused: URI -> why the file is kept out.
         rejected_path: the last file of rows that were left out; those of earlier refreshes lie beside it.
         hindrance: why a sync deletes nothing, None where nothing hinders it.
+        empty: inputs that have no file -> why, by URI.
         vacuumed_at: when the table was last vacuumed, seconds since 1970, by whichever run said so in the status file.
     """
 
@@ -81,6 +82,7 @@ class Report:
     lag: Lag = field(default_factory=Lag)
     refused: dict[str, KblamError] = field(default_factory=dict)
     hindrance: str | None = None
+    empty: dict[str, str] = field(default_factory=dict)
     vacuumed_at: float = 0.0
     _troubles: dict[str, str] = field(default_factory=dict)
     _written_at: float = 0.0
@@ -113,6 +115,12 @@ class Report:
         if why and why != self.hindrance:
             self.say(f"nothing is deleted: {why}")
         self.hindrance = why
+
+    def found_empty(self, inputs: Mapping[str, str]) -> None:
+        """These inputs have no file, and why. No error, for files may come; but to a misspelt input they never do."""
+        for uri in sorted(inputs.keys() - self.empty.keys()):
+            self.say(f"nothing to take up: {inputs[uri]}: {uri}")
+        self.empty = dict(inputs)
 
     def fail(self, error: KblamError, wait_s: float) -> None:
         """A try failed and will be made again; said when the error is another than the last one."""
@@ -248,6 +256,7 @@ class Report:
             "files_read": self.files_read,
             "files_waiting": self.files_waiting,
             "files_failed": len(self.refused),
+            "inputs_without_files": sorted(self.empty),
             "rows_rejected": self.rows_rejected,
             "rejected_path": self.rejected_path,
             "added": self.added,

@@ -194,6 +194,7 @@ class Refresher:
             report.read_status()
         self._watch.look(receive=self._settings.once)
         self._say_passed_over()
+        report.found_empty(self._sources.empty)
         pending = self._watch.pending(history.ledger)
         report.hindered(pending.hindrance)
         unreadable = {**self._sources.unreadable, **self._watch.unseen()}

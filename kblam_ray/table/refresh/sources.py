@@ -129,6 +129,7 @@ class Sources:
         loose_links: links below the inputs that led nowhere when they were last listed.
         passed_over: what the last listing passed over though a person may take it for a source -> why, by URI.
         unreadable: local folders that the last listing could not read -> why, by URI.
+        empty: inputs of which the last listing found no file -> why, by URI.
 
     Raises:
         InputError: an input that can never mean a file, or that lies in the table.
@@ -143,6 +144,7 @@ class Sources:
         self.loose_links: set[str] = set()
         self.passed_over: dict[str, str] = {}
         self.unreadable: dict[str, StorageError] = {}
+        self.empty: dict[str, str] = {}
         for pattern in self.patterns:
             if os.path.isfile(pattern.uri) and format_of(pattern.uri) is None:
                 raise InputError(
@@ -176,16 +178,20 @@ class Sources:
         self.loose_links = set()
         passed_over: dict[str, str] = {}
         unreadable: dict[str, StorageError] = {}
+        empty: dict[str, str] = {}
         for pattern in self.patterns:
             if pattern.is_s3:
-                listed = self._list_s3(pattern, passed_over)
+                listed = [*self._list_s3(pattern, passed_over)]
             else:
-                listed = self._list_local(pattern, passed_over, unreadable)
+                listed = [*self._list_local(pattern, passed_over, unreadable)]
             found.update((file.uri, file) for file in listed)
+            if not any(pattern.means(file.uri) for file in listed):
+                has_place = pattern.is_s3 or pattern.has_place
+                empty[pattern.uri] = f"no file whose name ends in {SUPPORTED}" if has_place else "not there"
         for uri in [uri for uri in found if not is_utf8(uri)]:
             passed_over[uri] = "a name that is not UTF-8"
             del found[uri]
-        self.passed_over, self.unreadable = passed_over, unreadable
+        self.passed_over, self.unreadable, self.empty = passed_over, unreadable, empty
         self._first_seen = {uri: seen for uri, seen in self._first_seen.items() if uri in found}
         return found
 

@@ -1,4 +1,4 @@
-"""A sync deletes nothing on the word of a disk that is not mounted, and says that it does not."""
+"""Inputs where nothing is: that is said, and a sync deletes nothing on the word of a disk that is not mounted."""
 
 from __future__ import annotations
 
@@ -55,3 +55,36 @@ def test_inputs_without_a_file_are_said_and_so_is_no_more_once_they_are_back(tmp
     refresher._pass()
     assert refresher._report.summary()["nothing_deleted_because"] is None
     assert contents(kb) == {("b", "p"): "1"}
+
+
+def test_an_input_without_a_file_is_said_in_every_mode(tmp_path, capfd):
+    """It may come, so that it is no error; but a misspelt one never does."""
+    folder, bare = tmp_path / "in", tmp_path / "bare"
+    put(folder / "a.jsonl", ("a", "p", "1"))
+    bare.mkdir()
+    (bare / "notes.md").write_text("no facts")
+    wrong, glob = tmp_path / "misspelt", folder / "*.csv"
+    summary = once(tmp_path / "kb", folder, bare, wrong, glob)
+    assert summary["inputs_without_files"] == sorted(map(str, (bare, wrong, glob)))
+    said = capfd.readouterr().err
+    assert f"not there: {wrong}" in said
+    for uri in (bare, glob):
+        assert (
+            f"no file whose name ends in .json, .jsonl, .ndjson, .csv, .tsv (each also with .gz) or .parquet: {uri}"
+            in said
+        )
+    status = json.loads((tmp_path / "kb.refresh" / "status.json").read_text())
+    assert status["inputs_without_files"] == summary["inputs_without_files"]
+
+
+def test_an_input_without_a_file_is_said_again_only_when_it_was_there(tmp_path, capfd):
+    folder = tmp_path / "in"
+    refresher = watcher(tmp_path / "kb", folder)
+    for _ in range(3):
+        refresher._pass()
+    path = put(folder / "a.jsonl", ("a", "p", "1"))
+    refresher._pass()
+    assert refresher._report.summary()["inputs_without_files"] == []
+    path.unlink()
+    refresher._pass()
+    assert capfd.readouterr().err.count("nothing to take up: ") == 2
