@@ -36,6 +36,9 @@ DATA_AND_ENVIRONMENTS = [
     *("jobs/.aws/credentials", "jobs/mlruns/0/meta.yaml", "cluster/facts.jsonl", "cluster/env/bin/python"),
     *("cluster/train/out/state.json", "cluster/train/model.safetensors", "cluster/key.pem", "cluster/.env"),
     *("kblam_ray/data/facts.jsonl", "kblam_ray/model/llama/model.safetensors", "kblam_ray/env/bin/python"),
+    *("cluster/train/facts.json", "cluster/data/facts.json", "cluster/id_rsa", "kblam_ray/id_rsa", "kblam_ray/core"),
+    *("kblam_ray/hub/models--m/blobs/0123abc", "kblam_ray/model/models--m/blobs/0123abc", "kblam_ray/env/lib/x.py"),
+    *("kblam_ray/mlruns/0/meta.yaml", "kblam_ray/evaluation/wandb/run-1/config.yaml"),
     *("kblam_ray/env/lib/python3.11/site-packages/x.py", "demo-model/model/model.safetensors", "large.bin"),
 ]
 
