@@ -41,13 +41,13 @@ def copied() -> list[tuple[list[str], str]]:
     return found
 
 
-def given_to_the_build() -> list[str]:
-    """The repository's files that the build gets."""
+def given_to_the_build(paths: list[str] | None = None) -> list[str]:
+    """Which files the build gets: by default of the repository's."""
     lines = (CLUSTER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     # Docker's patterns are anchored at the top.
     patterns = [re.sub(r"^(!?)(?!\*)", r"\1/", line) for line in lines if line and not line.startswith("#")]
     ignored = pathspec.PathSpec.from_lines("gitwildmatch", patterns)
-    return [path for path in repository_files() if not ignored.match_file(path)]
+    return [path for path in paths or repository_files() if not ignored.match_file(path)]
 
 
 def repository_files() -> list[str]:
@@ -82,6 +82,20 @@ def test_the_build_gets_nothing_else():
     for path in given_to_the_build():
         assert any(path == source or path.startswith(f"{source}/") for source in sources), path
     assert not [path for path in given_to_the_build() if path.startswith(("tests/", ".git", "cluster/kuberay"))]
+
+
+def test_what_jobs_left_beside_themselves_is_not_in_the_image():
+    left = [
+        "jobs/facts.jsonl",
+        "jobs/kb/_delta_log/0.json",
+        "jobs/env/bin/python",
+        "jobs/key.pem",
+        "jobs/models/m/x.py",
+    ]
+    left += ["cluster/train/out/state.json", "cluster/train/model.safetensors", "cluster/deepspeed/checkpoint/latest"]
+    assert not given_to_the_build(left)
+    files = [path for path in repository_files() if path.startswith(("jobs/", "cluster/train/", "cluster/deepspeed/"))]
+    assert given_to_the_build(files) == files
 
 
 def test_the_image_has_every_extra_that_a_cluster_uses():
