@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def write_spool(uri: str, rows: pa.Table) -> str:
             with storage.whole_or_gone(f"{path}.part"):
                 pq.write_table(rows, f"{path}.part", filesystem=filesystem, compression="none")
                 filesystem.move(f"{path}.part", path)
+            # What it was copied from is removed, and must not be gone alone after a loss of power.
+            storage.sync(path)
         else:
             pq.write_table(rows, path, filesystem=filesystem, compression="none")
     return final
@@ -88,14 +91,15 @@ def read_vectors(file: str, dim: int) -> np.ndarray:
         return unpack_embeddings(read_spool(file, ["embedding"])["embedding"], dim)
 
 
-_given_up: set[str] = set()
+_given_up: deque[str] = deque(maxlen=1_000)
+"""The last ones, for a watcher may try as long as it lives; the spools of others wait until they are abandoned."""
 
 
 @contextmanager
 def given_up_on_failure(uri: str) -> Iterator[None]:
     """Note that nobody writes to a run's spool any more if the run fails: this process need not wait to be sure."""
     with ExitStack() as failure:
-        failure.callback(_given_up.add, uri)
+        failure.callback(_given_up.append, uri)
         yield
         failure.pop_all()
 
@@ -148,8 +152,10 @@ def _holds_only(leftover: Leftover, hashes: pa.Array) -> bool:
     for file in leftover.files:
         try:
             found = read_spool(file, ["text_hash"])["text_hash"]
-        except UNREADABLE:
-            continue
+        except (FileNotFoundError, pa.ArrowInvalid):
+            continue  # gone, or damaged: it holds nothing
+        except OSError:
+            return False  # The store did not give it, this time.
         if not pc.all(pc.is_in(found, value_set=hashes)).as_py():
             return False
     return True
