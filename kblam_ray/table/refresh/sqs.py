@@ -30,6 +30,9 @@ _EXTEND_EVERY_S = MIN_VISIBILITY_S / 3
 _MAX_HELD = 1_000
 _MAX_BACKOFF_S = 30.0
 
+_MAX_IN_VAIN = 10
+"""Answers with nothing but what came before, or was sent later, until no more of the queue is expected."""
+
 _URL = re.compile(r"https?://[^/]+/.+")
 _REGION = re.compile(r"https?://sqs\.([a-z0-9-]+)\.")
 
@@ -102,13 +105,17 @@ class EventQueue:
             StorageError: the queue does not answer or refuses.
         """
         begun_ms = time.time() * 1_000
-        # Of a long queue the first messages come again before the last have come: the new ones count.
+        # Of a long queue the first messages come again before the last have come, in any order: the new ones count.
         seen: set[str] = set()
-        while True:
+        num_in_vain = 0
+        while num_in_vain < _MAX_IN_VAIN:
             sent_ms = self._receive(wait_s=0)
-            if not any(at_ms <= begun_ms for id_, at_ms in sent_ms.items() if id_ not in seen):
-                return self.take()
+            if not sent_ms:
+                break
+            is_news = any(at_ms <= begun_ms for id_, at_ms in sent_ms.items() if id_ not in seen)
+            num_in_vain = 0 if is_news else num_in_vain + 1
             seen.update(sent_ms)
+        return self.take()
 
     def done(self, messages: Iterable[Message]) -> None:
         """Delete messages whose objects are all taken up.
