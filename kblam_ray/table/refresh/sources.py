@@ -186,8 +186,8 @@ class Sources:
                 listed = [*self._list_local(pattern, passed_over, unreadable)]
             found.update((file.uri, file) for file in listed)
             if not any(pattern.means(file.uri) for file in listed):
-                has_place = pattern.is_s3 or pattern.has_place
-                empty[pattern.uri] = f"no file whose name ends in {SUPPORTED}" if has_place else "not there"
+                is_there = format_of(pattern.base) is None if pattern.is_s3 else os.path.exists(pattern.base or "/")
+                empty[pattern.uri] = f"no file whose name ends in {SUPPORTED}" if is_there else "not there"
         for uri in [uri for uri in found if not is_utf8(uri)]:
             passed_over[uri] = "a name that is not UTF-8"
             del found[uri]

@@ -63,11 +63,12 @@ def test_an_input_without_a_file_is_said_in_every_mode(tmp_path, capfd):
     put(folder / "a.jsonl", ("a", "p", "1"))
     bare.mkdir()
     (bare / "notes.md").write_text("no facts")
-    wrong, glob = tmp_path / "misspelt", folder / "*.csv"
-    summary = once(tmp_path / "kb", folder, bare, wrong, glob)
-    assert summary["inputs_without_files"] == sorted(map(str, (bare, wrong, glob)))
+    wrong, file, glob = tmp_path / "misspelt", folder / "misspelt.jsonl", folder / "*.csv"
+    summary = once(tmp_path / "kb", folder, bare, wrong, file, glob)
+    assert summary["inputs_without_files"] == sorted(map(str, (bare, wrong, file, glob)))
     said = capfd.readouterr().err
     assert f"not there: {wrong}" in said
+    assert f"not there: {file}" in said
     for uri in (bare, glob):
         assert (
             f"no file whose name ends in .json, .jsonl, .ndjson, .csv, .tsv (each also with .gz) or .parquet: {uri}"
