@@ -88,7 +88,8 @@ def rewrite_files(
     if not len(chosen):
         return None
     rows_to_keep = winners.select(is_kept_M & np.isin(winners.file_M, chosen))
-    row_bytes = sum(log.files[i].size_bytes for i in chosen) / winners.rows_of_file[chosen].sum()
+    # Another program may have written files without a row.
+    row_bytes = sum(log.files[i].size_bytes for i in chosen) / max(1, winners.rows_of_file[chosen].sum())
     num_parts = -(-int(len(rows_to_keep) * row_bytes) // target_file_bytes)
     if not outdated.any() and num_parts >= len(chosen):
         return None

@@ -327,3 +327,15 @@ def test_files_of_a_compaction_that_failed_do_not_stay(uri, monkeypatch):
         compact(uri, target_file_bytes=300)
     assert len(written) == 2
     assert {file.name for file in Path(uri).iterdir()} == before
+
+
+def test_files_without_a_row_go(tmp_path):
+    """As another program may write them."""
+    place = tmp_path / "kb" / "empty.parquet"
+    place.parent.mkdir()
+    part_module.pq.write_table(part_module.SCHEMA.empty_table(), place)
+    stats = '{"numRecords": 0, "minValues": {}, "maxValues": {}, "nullCount": {}}'
+    uri = str(place.parent)
+    commit_parts(uri, INFO, [PartFile(place.name, place.stat().st_size, 0, stats, NOW, NOW // 1_000)], "w")
+    assert compact(uri) == 1
+    assert TableLog.open(uri).files == []
