@@ -133,7 +133,8 @@ def _is_kept(winners: Winners, retention_h: float) -> np.ndarray:
 def _smaller_ones(sizes_F: np.ndarray, small_F: np.ndarray) -> np.ndarray:
     """Of the small files the smaller half, and on as long as the next one is no larger than those: bool [F].
 
-    So a row is rewritten as often as the table doubles, and not whenever some small files have come together.
+    So of many files a row is rewritten about as often as the table doubles, and not whenever some small files have come
+    together; of three or four there is little to choose from.
     """
     at = np.flatnonzero(small_F)
     at = at[np.argsort(sizes_F[at], kind="stable")]
