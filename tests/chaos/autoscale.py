@@ -105,19 +105,24 @@ def look(head: subprocess.Popen[bytes]) -> dict[int, float]:
     return found
 
 
+def value_of(at: int) -> str:
+    """Some 500 letters: of short texts a single worker embeds all before the autoscaler has started a node."""
+    return f"value {at}: " + ", ".join(f"entry {(at + 1) * number % 9_973} of part {number}" for number in range(1, 21))
+
+
 def write_facts(folder: Path, num_facts: int, num_files: int) -> None:
     """Facts whose names and values all differ, spread over files."""
     folder.mkdir()
     for number in range(num_files):
         with (folder / f"{number:03}.jsonl").open("w", encoding="utf-8") as file:
             for at in range(number, num_facts, num_files):
-                file.write(json.dumps({"entity": f"thing {at}", "property": "code", "value": f"value {at}"}) + "\n")
+                file.write(json.dumps({"entity": f"thing {at}", "property": "code", "value": value_of(at)}) + "\n")
 
 
 def is_exact(kb: str, num_facts: int) -> bool:
     facts = KnowledgeBase.open(kb).snapshot().facts
     found = set(zip(facts["entity"].to_pylist(), facts["value"].to_pylist(), strict=True))
-    return len(facts) == num_facts and found == {(f"thing {at}", f"value {at}") for at in range(num_facts)}
+    return len(facts) == num_facts and found == {(f"thing {at}", value_of(at)) for at in range(num_facts)}
 
 
 def run(num_facts: int, most_nodes: int, home: Path) -> dict[str, Any]:
@@ -139,6 +144,7 @@ def run(num_facts: int, most_nodes: int, home: Path) -> dict[str, Any]:
         time.sleep(5)
         nodes_before = len(look(head))
         write_facts(home / "backlog", num_facts, 20)
+        time.sleep(1)  # so that all of them have stood still when they appear, and are one backlog
         (home / "backlog").rename(home / "in" / "backlog")
         began = time.monotonic()
         served_s = None
