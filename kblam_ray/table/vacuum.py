@@ -28,7 +28,7 @@ def vacuum(uri: str, retention_h: int = RETENTION_H, *, allow_short: bool = Fals
         Paths of the deleted files, relative to the table; nothing to delete makes no new version.
 
     Raises:
-        InputError: a retention below an hour without `allow_short`.
+        InputError: a retention below an hour without `allow_short`, or above MAX_RETENTION_H.
         TableNotFoundError, TableError, StorageError: see `TableLog.open`.
     """
     if retention_h < (0 if allow_short else MIN_RETENTION_H):
@@ -37,6 +37,8 @@ def vacuum(uri: str, retention_h: int = RETENTION_H, *, allow_short: bool = Fals
             where=uri,
             help=f"give at least {MIN_RETENTION_H}, or allow_short=True if nothing reads or writes the table now",
         )
+    if retention_h > MAX_RETENTION_H:
+        raise InputError(f"a retention of {retention_h} hours", where=uri, help=f"give at most {MAX_RETENTION_H}")
     removed = _vacuum(uri, retention_h, with_unnamed=False)
     return sorted({*removed, *_vacuum(uri, max(retention_h, RETENTION_H), with_unnamed=True)})
 

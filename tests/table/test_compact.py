@@ -233,6 +233,11 @@ def test_a_retention_that_takes_files_from_readers_at_work_needs_saying_so(uri, 
         vacuum(uri, retention_h, allow_short=allow_short)
 
 
+def test_a_retention_has_an_end(uri):
+    with pytest.raises(InputError, match="at most 1000000"):
+        vacuum(uri, 10**15)
+
+
 def test_odd_options_are_refused(uri):
     for options in ({"target_file_bytes": 0}, {"retention_h": -1}):
         with pytest.raises(InputError):
